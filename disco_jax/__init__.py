@@ -1,0 +1,37 @@
+"""Deep vision models split over several small devices that learn what to tell each other."""
+
+from disco_jax import layers, models, plan, sparsify
+from disco_jax.errors import DiscoError
+from disco_jax.exchange import Exchange, Local, Mask, Replicated
+from disco_jax.gather import Gather, Statistics
+from disco_jax.mesh import NodeMesh
+from disco_jax.packed import PackedExchange
+from disco_jax.plan import CommunicationPlan, Frozen, freeze, lower, verify
+from disco_jax.readable import Readable
+from disco_jax.trace import name_exchanges, trace
+from disco_jax.version import __version__
+
+__all__ = [
+    "CommunicationPlan",
+    "DiscoError",
+    "Exchange",
+    "Frozen",
+    "Gather",
+    "Local",
+    "Mask",
+    "NodeMesh",
+    "PackedExchange",
+    "Readable",
+    "Replicated",
+    "Statistics",
+    "__version__",
+    "freeze",
+    "layers",
+    "lower",
+    "models",
+    "name_exchanges",
+    "plan",
+    "sparsify",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,55 @@
+"""The fields that every classification config has, with defaults for small images."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def defaults() -> ConfigDict:
+    """All fields; name, model and data source are left empty."""
+    c = ConfigDict()
+    c.name = ""
+    c.seed = 0
+    c.nodes = 2
+    c.data_parallel = 1  # copies of the node group, each working on its share of the batch
+    c.emulate = config_dict.placeholder(bool)  # None: real devices where there are enough
+    c.model = ConfigDict({"name": ""})
+    c.data = ConfigDict(
+        {
+            "source": "",
+            "size": 32,
+            "train_transforms": ("resize",),
+            "eval_transforms": ("resize",),
+            "mean": (0.5,),
+            "std": (0.25,),
+        }
+    )
+    c.batch_size = 64
+    c.eval_batch_size = 120
+    c.accumulate = 1  # micro-batches that make up one batch
+    c.max_steps = 0  # 0: as many as the epochs take
+    c.optimizer = ConfigDict(
+        {
+            "name": "sgd",
+            "momentum": 0.9,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "clip_norm": 0.0,  # 0: none
+            "warmup_epochs": 1.0,
+            "label_smoothing": 0.0,
+            "ema_decay": 0.0,  # 0: none
+        }
+    )
+    c.dense = ConfigDict({"epochs": 6.0, "learning_rate": 0.05})
+    c.sparse = ConfigDict(
+        {
+            "epochs": 3.0,
+            "learning_rate": 0.02,
+            "density": 0.2,
+            "score": "l2",
+            "schedule": "cubic",
+            "mask_share": 0.5,  # share of the updates after which the masks are final
+            "every": 10,  # updates between two choices of masks
+        }
+    )
+    c.wire_dtype = config_dict.placeholder(str)  # None: send what is computed
+    c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
+    return c

@@ -1,0 +1,132 @@
+"""Exchanges: the operations that turn owned channels into readable channels.
+
+A distributed layer = exchange ∘ local operation. Nothing else moves data between nodes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from disco_jax.errors import require
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.partition import activation_spec, check_batch, owned, padded
+from disco_jax.readable import Readable, note
+
+
+class Mask(nnx.Variable):
+    """``bool[node, channel]``: which node reads which channel. Own channels are always True."""
+
+
+class Reader(nnx.Module):
+    """What a layer asks for its input; the subclasses say which channels a node may read.
+
+    Args:
+      features: number of channels of the input, before padding.
+      mesh: the nodes.
+      pad: append dead channels where ``features`` does not divide by the nodes.
+
+    Attributes:
+      channels: number of channels of the input, dead ones included.
+      name: the path within a model, once ``trace.name_exchanges`` has given one.
+    """
+
+    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
+        self.features = features
+        self.mesh = mesh
+        self.channels = padded(features, mesh.nodes, pad=pad)
+        self.name: str | None = None
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        raise NotImplementedError
+
+    def _check(self, x: Array) -> None:
+        require(
+            x.shape[-1] == self.channels,
+            f"`input channels` (={x.shape[-1]}) must be {self.channels} to be read by "
+            f"{type(self).__name__}(features={self.features}, nodes={self.mesh.nodes}); give the "
+            "layer the number of channels that its input has, or pad the input with "
+            "partition.pad_channels",
+        )
+        check_batch(x, self.mesh)
+
+
+class Replicated(Reader):
+    """Every node already holds the whole input (the images): nothing moves."""
+
+    def __init__(self, features: int, *, mesh: NodeMesh):
+        super().__init__(features, mesh=mesh, pad=True)
+        self.channels = features
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        return Readable(x, self.mesh, split=False)
+
+
+class Local(Reader):
+    """A node reads only its own channels (depthwise and grouped layers): nothing moves."""
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        return Readable(x, self.mesh)
+
+
+class Exchange(Reader):
+    """Masked exchange (training): all channels are gathered, a node reads those of its mask row.
+
+    On real devices: ``all_gather`` over the node axis times the mask row. Emulated: the readable
+    carries the mask, and the kernels that read it are multiplied by it.
+    """
+
+    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
+        super().__init__(features, mesh=mesh, pad=pad)
+        self.mask = Mask(mesh.put(self.full_mask()))
+
+    def full_mask(self) -> Bool[np.ndarray, "n c"]:
+        """Everything but dead channels is read: the dense split."""
+        alive = np.arange(self.channels) < self.features
+        return owned(self.channels, self.mesh.nodes) | alive
+
+    def set_mask(self, mask: Bool[Array, "n c"]) -> None:
+        """Replaces the mask; own channels stay readable.
+
+        Raises:
+          DiscoError: if the shape is not ``[nodes, channels]`` or the entries are not boolean.
+        """
+        shape = (self.mesh.nodes, self.channels)
+        where = f" of exchange {self.name!r}" if self.name else ""
+        require(
+            jnp.shape(mask) == shape,
+            f"`mask`{where} has shape {jnp.shape(mask)}, but must be [nodes, channels] = "
+            f"{list(shape)}: row d, column c is True when node d reads channel c",
+        )
+        require(
+            jnp.asarray(mask).dtype == jnp.bool_,
+            f"`mask`{where} has dtype {jnp.asarray(mask).dtype}, but must be bool; "
+            "pass mask.astype(bool)",
+        )
+        self.mask.set_value(jnp.asarray(mask) | owned(self.channels, self.mesh.nodes))
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        note(self, x)
+        mask = self.mask[...]
+        if self.mesh.nodes == 1:
+            return Readable(x, self.mesh)
+        if not self.mesh.distributed:
+            return Readable(x, self.mesh, mask=mask, split=False)
+        spec = activation_spec(x.ndim)
+        values = jax.shard_map(
+            lambda x, mask: (
+                lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True) * mask[0].astype(x.dtype)
+            ),
+            mesh=self.mesh.jax_mesh,
+            in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1, c]
+            out_specs=spec,  # [b/data, ..., c]
+        )(x, mask)
+        return Readable(values, self.mesh)

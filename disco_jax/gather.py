@@ -1,0 +1,105 @@
+"""Exchanges without a mask: results and statistics that every node needs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.partition import activation_spec, padded
+from disco_jax.readable import note
+
+
+class AllGather(nnx.Module):
+    """An exchange without a mask: every node sends ``width`` numbers per position to all others.
+
+    Subclasses say which; both lives, masked and packed, use it as it is.
+    """
+
+    def __init__(self, width: int, *, mesh: NodeMesh):
+        self.width = width
+        self.mesh = mesh
+        self.name: str | None = None
+
+
+class Gather(AllGather):
+    """Gives every node all channels, dead ones dropped: ``[b, ..., padded] -> [b, ..., c]``.
+
+    The way out for a result whose channels do not divide by the nodes; where they do, the result
+    stays where it was computed and nothing moves.
+    """
+
+    def __init__(self, features: int, *, mesh: NodeMesh):
+        self.features = features
+        super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
+
+    def __call__(self, x: Float[Array, "b ... padded"]) -> Float[Array, "b ... c"]:
+        if x.shape[-1] == self.features:
+            return x
+        note(self, x)
+        if not self.mesh.distributed:
+            return x[..., : self.features]
+        spec = activation_spec(x.ndim)
+        return jax.shard_map(
+            lambda x: lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True)[..., : self.features],
+            mesh=self.mesh.jax_mesh,
+            in_specs=spec,  # [b/data, ..., padded/n]
+            out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
+            check_vma=False,  # an all_gather is replicated, which the checker cannot infer
+        )(x)
+
+
+class Statistics(AllGather):
+    """Mean and variance over the channels of all nodes: two numbers per position travel.
+
+    Each node sends its mean and sum of squared deviations; they are merged by Chan's formula
+    (Chan, Golub & LeVeque 1979), which does not cancel as E[x²] - E[x]² does.
+    """
+
+    def __init__(self, features: int, *, mesh: NodeMesh):
+        self.features = features
+        super().__init__(2, mesh=mesh)
+
+    def __call__(
+        self, x: Float[Array, "b ... c"]
+    ) -> tuple[Float[Array, "b ... 1"], Float[Array, "b ... 1"]]:
+        """Returns mean and variance; dead channels (zeros at the end) do not count."""
+        if self.mesh.nodes == 1:
+            return x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        note(self, x)
+        block = x.shape[-1] // self.mesh.nodes
+        starts = np.arange(self.mesh.nodes) * block
+        counts = np.clip(self.features - starts, 0, block).astype(x.dtype)
+        if not self.mesh.distributed:
+            blocks = jnp.reshape(x, (*x.shape[:-1], self.mesh.nodes, block))
+            return _merge(jax.vmap(_moments, (-2, 0), -2)(blocks, counts), counts)
+        spec = activation_spec(x.ndim)
+        return jax.shard_map(
+            lambda x, count: _merge(
+                jnp.moveaxis(lax.all_gather(_moments(x, count[0]), NODE), 0, -2), counts
+            ),
+            mesh=self.mesh.jax_mesh,
+            in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1]
+            out_specs=P(*spec[:-1]),  # [b/data, ..., 1] twice, the same on every node
+            check_vma=False,
+        )(x, counts)
+
+
+def _moments(x: Array, count: Array | np.ndarray) -> Array:
+    """``[..., c] -> [..., 2]``: mean and sum of squared deviations of the first ``count``."""
+    alive = jnp.arange(x.shape[-1]) < count
+    mean = jnp.sum(x * alive, -1, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.concatenate([mean, jnp.sum(alive * (x - mean) ** 2, -1, keepdims=True)], -1)
+
+
+def _merge(moments: Array, counts: np.ndarray) -> tuple[Array, Array]:
+    """``[..., n, 2] -> [..., 1]`` mean and variance of all nodes together."""
+    total = counts.sum()
+    mean = jnp.sum(moments[..., 0] * counts, -1, keepdims=True) / total
+    between = jnp.sum(counts * (moments[..., 0] - mean) ** 2, -1, keepdims=True)
+    return mean, (jnp.sum(moments[..., 1], -1, keepdims=True) + between) / total

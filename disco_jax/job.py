@@ -1,0 +1,267 @@
+"""One experiment from a config: train, learn masks, evaluate, freeze, run, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from disco_jax import models, plan, sparsify
+from disco_jax import report as reports
+from disco_jax.data import sources
+from disco_jax.data.pipeline import Preprocess, training_batches
+from disco_jax.errors import DiscoError, require
+from disco_jax.mesh import NodeMesh
+from disco_jax.train import optimizer
+from disco_jax.train.checkpoint import Checkpoints, check_writable
+from disco_jax.train.loop import Phase, evaluate, fit
+from disco_jax.train.progress import console
+from disco_jax.train.step import TrainState
+
+
+class Job:
+    """A config at work in a directory. Everything it learns is in checkpoints there.
+
+    Args:
+      config: see ``configs/``.
+      workdir: where checkpoints, metrics and reports go.
+
+    Raises:
+      DiscoError: if the config is wrong, the directory cannot be written, data are missing, or
+        devices are too few.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        check_writable(workdir)
+        check(config)
+        self.config, self.workdir = config, workdir
+        self.mesh = NodeMesh(config.nodes, config.data_parallel, emulate=config.emulate)
+        console.print(f"{config.name}: {config.model.name} on {self.mesh}")
+        data = config.data
+        self.train_set = sources.load(data.source, "train")
+        stats = (data.size, data.mean, data.std)
+        self.train_preprocess = _preprocess(data.train_transforms, *stats)
+        self.eval_preprocess = _preprocess(data.eval_transforms, *stats)
+        self.architecture = {
+            "model": {**config.model.to_dict(), "num_classes": self.train_set.num_classes},
+            "nodes": config.nodes,
+        }
+        self.model = models.create(
+            config.model.name,
+            mesh=self.mesh,
+            num_classes=self.train_set.num_classes,
+            rngs=nnx.Rngs(config.seed),
+            **{k: v for k, v in config.model.to_dict().items() if k != "name"},
+        )
+        self.images = jax.ShapeDtypeStruct(
+            (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
+        )
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Measures the wall time of a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def phase(self, name: str) -> Phase:
+        """The dense or the sparse phase of the config."""
+        config, schedule = self.config, self.config[name]
+        per_epoch = len(self.train_set) // config.batch_size
+        require(
+            per_epoch >= 1,
+            f"`batch_size` (={config.batch_size}) must be at most the {len(self.train_set)} "
+            "training images; choose a smaller batch",
+        )
+        updates = max(2, round(schedule.epochs * per_epoch))
+        if config.max_steps:
+            updates = min(updates, config.max_steps)
+        tx = optimizer.make(config.optimizer, schedule.learning_rate, updates, per_epoch)
+        if name == "sparse":
+            tx = sparsify.sparse_exchange(
+                tx,
+                density=schedule.density,
+                steps=round(schedule.mask_share * updates),
+                score=schedule.score,
+                schedule=schedule.schedule,
+                every=schedule.every,
+            )
+        micro = config.accumulate
+        if micro > 1:
+            tx = optax.MultiSteps(tx, micro).gradient_transformation()
+        return Phase(
+            name=name,
+            steps=updates * micro,
+            tx=tx,
+            steps_per_epoch=per_epoch * micro,
+            save_every=max(1, round(config.checkpoint.every_epochs * per_epoch)) * micro,
+            keep=config.checkpoint.keep,
+            label_smoothing=config.optimizer.label_smoothing,
+            ema_decay=config.optimizer.ema_decay,
+            architecture=self.architecture,
+        )
+
+    def train(self, name: str) -> None:
+        """Runs a phase, from its newest checkpoint where there is one."""
+        config = self.config
+        batches = training_batches(
+            self.train_set,
+            self.train_preprocess,
+            config.batch_size // config.accumulate,
+            seed=config.seed + (name == "sparse"),
+        )
+        validate = self._validator()
+        with self.timed(f"train_{name}"):
+            fit(
+                self.model,
+                self.phase(name),
+                batches,
+                validate,
+                mesh=self.mesh,
+                workdir=self.workdir,
+            )
+
+    def _validator(self) -> Callable[[nnx.Module], dict[str, float]]:
+        held_out = sources.load(self.config.data.source, "validation")
+        program = plan.Program(self.model)
+
+        def validate(model: nnx.Module) -> dict[str, float]:
+            program.refresh(model)
+            return self._evaluate(program, held_out)
+
+        return validate
+
+    def restore(self, name: str) -> None:
+        """Loads the newest weights and masks of a phase into the model."""
+        phase = self.phase(name)
+        like = TrainState.create(self.model, phase.tx, mesh=self.mesh, ema=phase.ema_decay > 0)
+        checkpoints = Checkpoints(self.workdir / "checkpoints" / name, keep=phase.keep)
+        state, _ = checkpoints.restore(like, architecture=self.architecture)
+        checkpoints.close()
+        state.write_to(self.model)
+
+    def test(self, run: Any) -> float:
+        """Accuracy on the test split, which no choice has looked at."""
+        return self._evaluate(run, sources.load(self.config.data.source, "test"))["accuracy"]
+
+    def _evaluate(self, run: Any, source: sources.Source) -> dict[str, float]:
+        size = self.config.eval_batch_size
+        return evaluate(run, source, self.eval_preprocess, size, mesh=self.mesh)
+
+    def freeze(self) -> plan.Frozen:
+        """Packs the model for one device per node, and writes ``plan.json``."""
+        with self.timed("freeze"):
+            frozen = plan.freeze(self.model, self.images, wire_dtype=self.config.wire_dtype)
+            (self.workdir / "plan.json").write_text(frozen.plan.to_json())
+        if not self.mesh.emulated:
+            plan.verify(frozen, self.images)
+            console.print("the compiled program communicates what the plan says, to the byte")
+        return frozen
+
+    def run_all(self) -> None:
+        """Dense training, masks, both accuracies, the packed model, the report."""
+        accuracy = {}
+        self.train("dense")
+        accuracy["dense"] = self.test(plan.Program(self.model))
+        self.train("sparse")
+        with self.timed("evaluate_masked"):
+            accuracy["masked"] = self.test(plan.Program(self.model))
+        frozen = self.freeze()
+        with self.timed("evaluate_packed"):
+            accuracy["packed"] = self.test(frozen)
+        content = reports.build(
+            frozen.plan,
+            name=self.config.name,
+            mesh=repr(self.mesh),
+            accuracy=accuracy,
+            seconds=self.seconds,
+        )
+        reports.write(content, self.workdir)
+        reports.show(content)
+        console.print(
+            f"written to {self.workdir}: report.json, report.html, plan.json, traffic.png"
+        )
+
+    def run_train(self) -> None:
+        """Both phases of training."""
+        self.train("dense")
+        self.train("sparse")
+
+    def run_eval(self) -> None:
+        """Prints the masked model's test accuracy."""
+        self.restore("sparse")
+        console.print(f"masked: test accuracy {100 * self.test(plan.Program(self.model)):.2f} %")
+
+    def run_freeze(self) -> None:
+        """Writes and prints the plan."""
+        self.restore("sparse")
+        console.print(str(self.freeze().plan), highlight=False)
+
+    def run_infer(self) -> None:
+        """Runs the packed model on the test split."""
+        self.restore("sparse")
+        frozen = self.freeze()
+        with self.timed("infer"):
+            accuracy = self.test(frozen)
+        console.print(
+            f"packed on {frozen.mesh}: test accuracy {100 * accuracy:.2f} % in "
+            f"{self.seconds['infer']} s"
+        )
+
+
+def print_report(workdir: Path) -> None:
+    """Prints and renders again what ``--mode=all`` found."""
+    path = workdir / "report.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError:
+        raise DiscoError(
+            f"`workdir` (={workdir}) has no report.json; run --mode=all there first"
+        ) from None
+    except ValueError as error:
+        raise DiscoError(
+            f"`{path}` is not JSON ({error}); run --mode=all there to write it again"
+        ) from None
+    reports.write(content, workdir)
+    reports.show(content)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses sizes that cannot work together, before anything is loaded."""
+    for name in ("batch_size", "eval_batch_size", "accumulate", "nodes", "data_parallel"):
+        require(
+            isinstance(config[name], int) and config[name] >= 1,
+            f"`{name}` (={config[name]!r}) must be a positive integer; set --config.{name}=1",
+        )
+    step = config.accumulate * config.data_parallel
+    require(
+        config.batch_size % step == 0,
+        f"`batch_size` (={config.batch_size}) must be divisible by `accumulate` "
+        f"(={config.accumulate}) x `data_parallel` (={config.data_parallel}); choose a multiple of "
+        f"{step}",
+    )
+    for name in ("dense", "sparse"):
+        require(
+            config[name].epochs > 0,
+            f"`{name}.epochs` (={config[name].epochs}) must be positive; 0.1 is a tenth of one",
+        )
+    sparsify.check_choice(config.sparse.density, config.sparse.score)
+    require(
+        len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),
+        f"`data.mean` (={tuple(config.data.mean)}) and `data.std` (={tuple(config.data.std)}) must "
+        "have one entry for each channel, and std must be positive; correct the config",
+    )
+
+
+def _preprocess(transforms: Any, size: int, mean: Any, std: Any) -> Preprocess:
+    return Preprocess(size, tuple(transforms), tuple(mean), tuple(std))

@@ -1,0 +1,29 @@
+"""Layers whose channels are shared by the nodes, with signatures as in ``flax.nnx``."""
+
+from disco_jax.layers.conv import Conv
+from disco_jax.layers.dense import Dense
+from disco_jax.layers.local import (
+    avg_pool,
+    concat,
+    flatten,
+    global_avg_pool,
+    max_pool,
+    pixel_shuffle,
+    split,
+)
+from disco_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "Dense",
+    "GroupNorm",
+    "LayerNorm",
+    "avg_pool",
+    "concat",
+    "flatten",
+    "global_avg_pool",
+    "max_pool",
+    "pixel_shuffle",
+    "split",
+]

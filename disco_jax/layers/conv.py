@@ -1,0 +1,154 @@
+"""Convolutions split over nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+from disco_jax.errors import require
+from disco_jax.exchange import Reader
+from disco_jax.layers.weights import distribute_weights, reader
+from disco_jax.mesh import NodeMesh
+from disco_jax.partition import padded
+from disco_jax.readable import Readable, note
+
+Window = int | Sequence[int]
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+
+class Conv(nnx.Conv):
+    """``flax.nnx.Conv`` whose output channels are shared by the nodes.
+
+    Takes owned channels ``[b, *spatial, c_in]``, or the :class:`Readable` of an exchange that
+    several layers share, and returns owned channels ``[b, *spatial, c_out]``. The kernel has
+    Flax's shape ``[*kernel_size, c_in / groups, c_out]``, dead channels at the end.
+
+    Args:
+      in_features, out_features, kernel_size, strides: as in ``flax.nnx.Conv``, as are the other
+        keywords (``padding``, ``kernel_dilation``, ``feature_group_count``, ``use_bias``,
+        ``dtype``, ...).
+      mesh: the nodes.
+      exchange: a shared exchange to read instead of one of the layer's own.
+      pad: append dead channels where the features do not divide by the nodes.
+
+    With ``feature_group_count > 1`` every node keeps whole groups and nothing moves.
+
+    Raises:
+      DiscoError: if channels or groups do not divide by the nodes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Window,
+        strides: Window = 1,
+        *,
+        mesh: NodeMesh | None = None,
+        exchange: Reader | None = None,
+        pad: bool = False,
+        feature_group_count: int = 1,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        exchange = reader(
+            in_features, exchange=exchange, mesh=mesh, pad=pad, groups=feature_group_count
+        )
+        mesh = exchange.mesh
+        channels = padded(out_features, mesh.nodes, pad=pad, name="out_features")
+        grouped = feature_group_count > 1
+        require(
+            not grouped or feature_group_count % mesh.nodes == 0,
+            f"`feature_group_count` (={feature_group_count}) must be divisible by `nodes` "
+            f"(={mesh.nodes}), so that each node keeps whole groups; use a multiple of "
+            f"{mesh.nodes}, or feature_group_count=1",
+        )
+        super().__init__(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            feature_group_count=feature_group_count,
+            rngs=rngs,
+            **kwargs,
+        )
+        require(
+            self.mask is None,
+            "`mask` of flax.nnx.Conv is not supported; set the mask of the layer's `exchange`",
+        )
+        self.exchange = exchange
+        self.mesh = mesh
+        distribute_weights(self, self.kernel.shape[-2] if grouped else exchange.channels, channels)
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Float[Array, "b *s c_in"] | Readable
+    ) -> Float[Array, "b *s c_out"]:
+        readable = inputs if isinstance(inputs, Readable) else self.exchange(inputs)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote_dtype((readable.values, self.kernel[...], bias), dtype=self.dtype)
+        y = readable.replace(x).apply(self._convolve, kernel)
+        note(self, y)
+        return y if bias is None else y + bias
+
+    def _convolve(
+        self, x: Float[Array, "b *s r"], kernel: Float[Array, "*k r_per_group o"]
+    ) -> Float[Array, "b *s o"]:
+        """What one node computes; the number of its groups follows from the shapes."""
+        rank = len(self.kernel_size)
+        require(
+            x.ndim == rank + 2,
+            f"`inputs` of a Conv with kernel_size {self.kernel_size} must have {rank + 2} axes "
+            f"[batch, *spatial, channels], not {x.ndim}; add a batch axis, or reshape",
+        )
+        dilation = _windows(self.kernel_dilation, rank)
+        x, padding = pad_input(x, self.padding, self.kernel_size, dilation)
+        spatial = "DHW"[-rank:]
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            _windows(self.strides, rank),
+            padding,
+            lhs_dilation=_windows(self.input_dilation, rank),
+            rhs_dilation=dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=x.shape[-1] // kernel.shape[-2],
+            precision=self.precision,
+        )
+
+
+def _windows(value: Window | None, rank: int) -> tuple[int, ...]:
+    return (value or 1,) * rank if isinstance(value, int) or value is None else tuple(value)
+
+
+def pad_input(
+    x: Array, padding: Padding, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Array, str | list[tuple[int, int]]]:
+    """Flax's padding as XLA takes it; circular and reflected borders are written out.
+
+    Raises:
+      DiscoError: for a padding that Flax does not know.
+    """
+    if not isinstance(padding, str):
+        sides = (padding,) * len(kernel_size) if isinstance(padding, int) else padding
+        return x, [(p, p) if isinstance(p, int) else (p[0], p[1]) for p in sides]
+    if padding.upper() in ("SAME", "VALID"):
+        return x, padding.upper()
+    reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
+    borders = {
+        "CIRCULAR": ("wrap", [(r // 2, (r + 1) // 2) for r in reach]),
+        "REFLECT": ("reflect", [(r // 2, (r + 1) // 2) for r in reach]),
+        "CAUSAL": ("constant", [(r, 0) for r in reach]),
+    }
+    require(
+        padding in borders and (padding != "CAUSAL" or len(reach) == 1),
+        f"`padding` (={padding!r}) must be 'SAME', 'VALID', 'CIRCULAR', 'REFLECT', 'CAUSAL' (one "
+        "spatial axis only), an integer, or a sequence of integers or (low, high) pairs",
+    )
+    mode, sides = borders[padding]
+    return jnp.pad(x, [(0, 0), *sides, (0, 0)], mode=mode), "VALID"

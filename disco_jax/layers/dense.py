@@ -1,0 +1,67 @@
+"""Dense layers split over nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jaxtyping import Array, Float
+
+from disco_jax.exchange import Reader
+from disco_jax.layers.weights import distribute_weights, reader
+from disco_jax.mesh import NodeMesh
+from disco_jax.partition import padded
+from disco_jax.readable import Readable, note
+
+
+class Dense(nnx.Linear):
+    """``flax.nnx.Linear`` whose output features are shared by the nodes.
+
+    Takes owned features ``[b, ..., c_in]`` or the :class:`Readable` of a shared exchange; returns
+    owned features ``[b, ..., c_out]``. The kernel is Flax's ``[c_in, c_out]``, dead features at
+    the end.
+
+    Args:
+      in_features, out_features: as in ``flax.nnx.Linear``, as are the other keywords.
+      mesh: the nodes.
+      exchange: a shared exchange to read instead of one of the layer's own.
+      pad: append dead features where they do not divide by the nodes.
+
+    Raises:
+      DiscoError: if features do not divide by the nodes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        mesh: NodeMesh | None = None,
+        exchange: Reader | None = None,
+        pad: bool = False,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
+        channels = padded(out_features, exchange.mesh.nodes, pad=pad, name="out_features")
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        self.exchange = exchange
+        self.mesh = exchange.mesh
+        distribute_weights(self, exchange.channels, channels)
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Float[Array, "b ... c_in"] | Readable
+    ) -> Float[Array, "b ... c_out"]:
+        readable = inputs if isinstance(inputs, Readable) else self.exchange(inputs)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote_dtype((readable.values, self.kernel[...], bias), dtype=self.dtype)
+        y = readable.replace(x).apply(self._multiply, kernel)
+        note(self, y)
+        return y if bias is None else y + bias
+
+    def _multiply(
+        self, x: Float[Array, "b ... r"], kernel: Float[Array, "r o"]
+    ) -> Float[Array, "b ... o"]:
+        return jnp.matmul(x, kernel, precision=self.precision)

@@ -1,0 +1,59 @@
+"""What every layer with weights needs: something to read, and weights split by output channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from disco_jax.errors import require
+from disco_jax.exchange import Exchange, Local, Reader
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.partition import pad_axis
+
+
+def reader(
+    features: int,
+    *,
+    exchange: Reader | None,
+    mesh: NodeMesh | None,
+    pad: bool = False,
+    groups: int = 1,
+) -> Reader:
+    """The exchange given to a layer, or one of the layer's own.
+
+    Raises:
+      DiscoError: if there is neither exchange nor mesh, or the exchange carries other features.
+    """
+    if exchange is None:
+        require(
+            mesh is not None,
+            "`mesh` and `exchange` are both missing; pass mesh=NodeMesh(...), or the exchange of "
+            "the tensor that the layer reads",
+        )
+        assert mesh is not None
+        return (Local if groups > 1 else Exchange)(features, mesh=mesh, pad=pad)
+    require(
+        exchange.features == features,
+        f"`in_features` (={features}) must equal the features of the exchange "
+        f"(={exchange.features}) that the layer reads; pass in_features={exchange.features}",
+    )
+    return exchange
+
+
+def distribute_weights(layer: Any, c_in: int, c_out: int) -> None:
+    """Pads a Flax layer's ``kernel [..., c_in, c_out]`` and ``bias``, and places them.
+
+    Rows and columns of dead channels are zero, and stay zero under any gradient step.
+    """
+    kernel = pad_axis(pad_axis(layer.kernel[...], c_in, -2), c_out, -1)
+    layer.kernel.set_value(layer.mesh.put(kernel, *[None] * (kernel.ndim - 1), NODE))
+    if layer.bias is not None:
+        layer.bias.set_value(split_channels(layer.bias[...], c_out, layer.mesh))
+
+
+def split_channels(
+    value: Float[Array, "c"], channels: int, mesh: NodeMesh
+) -> Float[Array, "padded"]:
+    """Places a per-channel parameter beside the channels it belongs to."""
+    return mesh.put(pad_axis(value, channels, -1), NODE)

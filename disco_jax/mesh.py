@@ -1,0 +1,132 @@
+"""Nodes and where they run: real devices, faked CPU devices, or one device that emulates."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from disco_jax.errors import DiscoError, require
+
+DATA, NODE = "data", "node"
+log = logging.getLogger("disco_jax")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class NodeMesh:
+    """A ``("data", "node")`` mesh: the batch is split over ``data``, every layer over ``node``.
+
+    With fewer devices than nodes, the nodes are *emulated*: the physical node axis has size 1
+    and a masked layer is the dense layer with its kernel multiplied by the mask.
+
+    On a CPU that was not told how many devices to fake, the first ``NodeMesh`` of a process
+    sets ``jax_num_cpu_devices`` to what it needs.
+
+    Args:
+      nodes: N >= 1, the number of participants that share every layer.
+      data: number of copies of the whole node group, each working on its share of the batch.
+      devices: the devices to use, ``jax.devices()`` by default.
+      emulate: True emulates the nodes, False demands a device for each of them, None (default)
+        takes real devices where there are enough.
+
+    Raises:
+      DiscoError: if sizes are not positive integers or devices are too few.
+
+    >>> mesh = NodeMesh(nodes=4, emulate=True)
+    >>> mesh.emulated, mesh.jax_mesh.shape["node"]
+    (True, 1)
+    """
+
+    nodes: int
+    data: int
+    jax_mesh: Mesh
+
+    def __init__(
+        self,
+        nodes: int = 1,
+        data: int = 1,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        emulate: bool | None = None,
+    ):
+        for name, value in (("nodes", nodes), ("data", data)):
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            require(
+                whole and value >= 1,
+                f"`{name}` (={value!r}) must be a positive integer; pass {name}=1 for no split",
+            )
+        if devices is None:
+            if not emulate:
+                _fake_cpu_devices(nodes * data)
+            devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+        if emulate is None:
+            emulate = len(devices) < nodes * data
+            if emulate and nodes > 1:
+                log.info("%d devices are fewer than %d nodes: emulating", len(devices), nodes)
+        present = 1 if emulate else nodes
+        _require_devices(len(devices), nodes, data, present)
+        grid = np.asarray(devices[: data * present]).reshape(data, present)
+        object.__setattr__(self, "nodes", int(nodes))
+        object.__setattr__(self, "data", int(data))
+        jax_mesh = Mesh(grid, (DATA, NODE), axis_types=(AxisType.Auto,) * 2)
+        object.__setattr__(self, "jax_mesh", jax_mesh)
+
+    @property
+    def emulated(self) -> bool:
+        """True when one device plays all nodes."""
+        return self.jax_mesh.shape[NODE] < self.nodes
+
+    @property
+    def distributed(self) -> bool:
+        """True when each of several nodes has a device of its own."""
+        return self.jax_mesh.shape[NODE] > 1
+
+    def sharding(self, *spec: str | None) -> NamedSharding:
+        """The placement on this mesh of an array whose axes are split as ``spec`` says."""
+        return NamedSharding(self.jax_mesh, PartitionSpec(*spec))
+
+    def put(self, value: jax.typing.ArrayLike, *spec: str | None) -> jax.Array:
+        """Places an array on this mesh, its axes split as ``spec`` says."""
+        return jax.device_put(value, self.sharding(*spec))
+
+    def __repr__(self) -> str:
+        where = "emulated" if self.emulated else self.jax_mesh.devices.flat[0].platform
+        return f"NodeMesh(nodes={self.nodes}, data={self.data}, {where})"
+
+
+def _fake_cpu_devices(count: int) -> None:
+    """Asks for ``count`` CPU devices where nobody chose a number and it is not too late."""
+    config: Any = jax.config
+    chosen = (
+        "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+        or "JAX_NUM_CPU_DEVICES" in os.environ
+        or config.jax_num_cpu_devices > 0
+    )
+    if chosen or count == 1:
+        return
+    try:
+        config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX is already running with the devices it has
+        log.debug("too late to ask for %d CPU devices", count)
+
+
+def _require_devices(found: int, nodes: int, data: int, present: int) -> None:
+    if found >= data * present:
+        return
+    needed = data * present
+    remedy = (
+        f"set JAX_NUM_CPU_DEVICES={needed} before Python starts, or create the NodeMesh before "
+        "the first JAX computation"
+    )
+    if nodes > 1 and present > 1:
+        remedy += ", or pass emulate=True to play all nodes on one device"
+    raise DiscoError(
+        f"`nodes` (={nodes}) x `data` (={data}) needs {needed} devices, but JAX has {found}; "
+        f"{remedy}"
+    )

@@ -1,0 +1,63 @@
+"""Models by name. They are made of layers, and never ask where those run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flax import nnx
+
+from disco_jax.errors import require
+from disco_jax.mesh import NodeMesh
+from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from disco_jax.trace import name_exchanges
+
+MODELS: dict[str, Callable[..., nnx.Module]] = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "resnet20": partial(ResNet, BasicBlock, (3, 3, 3), width=16, stem="cifar"),
+    "resnet56": partial(ResNet, BasicBlock, (9, 9, 9), width=16, stem="cifar"),
+}
+
+
+def create(
+    name: str, *, mesh: NodeMesh, num_classes: int = 1000, rngs: nnx.Rngs, **kwargs: Any
+) -> nnx.Module:
+    """Builds a model whose every layer is split over the nodes of ``mesh``.
+
+    Channels that do not divide by the nodes get dead channels. The initial numbers depend on
+    ``rngs`` alone, not on the number of nodes.
+
+    Args:
+      name: a key of ``MODELS``.
+      mesh: the nodes.
+      num_classes: size of the logits.
+      rngs: random streams for the weights.
+      **kwargs: what the model itself takes (``width``, ``dtype``, ...).
+
+    Raises:
+      DiscoError: if there is no such model, or it does not take an argument.
+    """
+    near = difflib.get_close_matches(name, MODELS, 1)
+    require(
+        name in MODELS,
+        f"`model` (={name!r}) must be one of {', '.join(MODELS)}"
+        + (f"; did you mean {near[0]!r}?" if near else "; choose one of these"),
+    )
+    try:
+        model = MODELS[name](num_classes=num_classes, mesh=mesh, rngs=rngs, **kwargs)
+    except TypeError as error:
+        unexpected = "unexpected keyword argument"
+        require(
+            unexpected not in str(error),
+            f"`model` {name!r} does not take an argument "
+            f"{str(error).split(unexpected)[-1].strip()}; remove it",
+        )
+        raise
+    name_exchanges(model)
+    return model

@@ -1,0 +1,148 @@
+"""ResNet (He et al. 2016), with the stride on the 3x3 convolution as torchvision has it (v1.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from disco_jax.errors import require
+from disco_jax.exchange import Exchange, Replicated
+from disco_jax.gather import Gather
+from disco_jax.layers import BatchNorm, Conv, Dense, global_avg_pool, max_pool
+from disco_jax.mesh import NodeMesh
+from disco_jax.readable import Readable
+
+Layer = Callable[..., Any]
+STEMS = {"imagenet": ((7, 7), 2), "cifar": ((3, 3), 1)}  # kernel, stride
+
+
+class Residual(nnx.Module):
+    """``relu(body(x) + shortcut(x))``; one exchange serves the first conv and the projection."""
+
+    def __init__(
+        self, c_in: int, c_out: int, stride: int, *, mesh: NodeMesh, conv: Layer, norm: Layer
+    ):
+        self.exchange = Exchange(c_in, mesh=mesh, pad=True)
+        self.projects = stride != 1 or c_in != c_out
+        if self.projects:
+            self.projection = conv(c_in, c_out, (1, 1), stride, exchange=self.exchange)
+            self.projection_norm = norm(c_out)
+
+    def body(self, x: Readable) -> Array:
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        readable = self.exchange(x)
+        shortcut = self.projection_norm(self.projection(readable)) if self.projects else x
+        return nnx.relu(self.body(readable) + shortcut)
+
+
+class BasicBlock(Residual):
+    """3x3, 3x3 (ResNet-18, 34 and the CIFAR variants)."""
+
+    expansion = 1
+
+    def __init__(
+        self, c_in: int, width: int, stride: int, *, mesh: NodeMesh, conv: Layer, norm: Layer
+    ):
+        super().__init__(c_in, width, stride, mesh=mesh, conv=conv, norm=norm)
+        self.conv1 = conv(c_in, width, (3, 3), stride, padding=1, exchange=self.exchange)
+        self.norm1 = norm(width)
+        self.conv2 = conv(width, width, (3, 3), padding=1, mesh=mesh)
+        self.norm2 = norm(width, scale_init=nnx.initializers.zeros)
+
+    def body(self, x: Readable) -> Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(y))
+
+
+class Bottleneck(Residual):
+    """1x1, 3x3, 1x1 (ResNet-50, 101, 152)."""
+
+    expansion = 4
+
+    def __init__(
+        self, c_in: int, width: int, stride: int, *, mesh: NodeMesh, conv: Layer, norm: Layer
+    ):
+        c_out = self.expansion * width
+        super().__init__(c_in, c_out, stride, mesh=mesh, conv=conv, norm=norm)
+        self.conv1 = conv(c_in, width, (1, 1), exchange=self.exchange)
+        self.norm1 = norm(width)
+        self.conv2 = conv(width, width, (3, 3), stride, padding=1, mesh=mesh)
+        self.norm2 = norm(width)
+        self.conv3 = conv(width, c_out, (1, 1), mesh=mesh)
+        self.norm3 = norm(c_out, scale_init=nnx.initializers.zeros)
+
+    def body(self, x: Readable) -> Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        return self.norm3(self.conv3(y))
+
+
+class ResNet(nnx.Module):
+    """Images ``[b, h, w, channels]`` to logits ``[b, num_classes]``.
+
+    Args:
+      block: :class:`BasicBlock` or :class:`Bottleneck`.
+      depths: blocks in each stage; a stage has twice the width of the one before.
+      num_classes: size of the logits.
+      width: channels of the first stage, before expansion.
+      stem: ``"imagenet"`` (7x7 stride 2, max pool) or ``"cifar"`` (3x3).
+      in_channels: channels of the images, which every node holds.
+      dtype, param_dtype: computed in, and stored in.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        num_classes: int,
+        *,
+        mesh: NodeMesh,
+        rngs: nnx.Rngs,
+        width: int = 64,
+        stem: str = "imagenet",
+        in_channels: int = 3,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = "float32",
+    ):
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+        conv: Layer = partial(
+            Conv, use_bias=False, kernel_init=he_normal, pad=True, **dtypes, rngs=rngs
+        )
+        norm: Layer = partial(BatchNorm, momentum=0.9, mesh=mesh, pad=True, **dtypes, rngs=rngs)
+        require(
+            stem in STEMS,
+            f"`stem` (={stem!r}) must be one of {', '.join(STEMS)}; choose one of these",
+        )
+        kernel, stride = STEMS[stem]
+        images = Replicated(in_channels, mesh=mesh)
+        self.stem = stem
+        self.conv = conv(
+            in_channels, width, kernel, stride, padding=kernel[0] // 2, exchange=images
+        )
+        self.norm = norm(width)
+        blocks, c_in = [], width
+        for stage, depth in enumerate(depths):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                size = width * 2**stage
+                blocks.append(block(c_in, size, stride, mesh=mesh, conv=conv, norm=norm))
+                c_in = size * block.expansion
+        self.blocks = nnx.List(blocks)
+        self.head = Dense(c_in, num_classes, mesh=mesh, pad=True, **dtypes, rngs=rngs)
+        self.logits = Gather(num_classes, mesh=mesh)
+
+    def __call__(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b num_classes"]:
+        x = nnx.relu(self.norm(self.conv(images)))
+        if self.stem == "imagenet":
+            x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.head(global_avg_pool(x)))

@@ -1,0 +1,20 @@
+"""Plans: frozen masks, packed models, and the check that nothing else communicates."""
+
+from disco_jax.plan.freeze import freeze, move
+from disco_jax.plan.frozen import Frozen, Program, lower
+from disco_jax.plan.hlo import Collective, collectives, verify
+from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
+
+__all__ = [
+    "Collective",
+    "CommunicationPlan",
+    "ExchangePlan",
+    "Frozen",
+    "LayerPlan",
+    "Program",
+    "collectives",
+    "freeze",
+    "lower",
+    "move",
+    "verify",
+]

@@ -1,0 +1,186 @@
+"""Masks -> plan -> packed model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from disco_jax.errors import require
+from disco_jax.exchange import Exchange
+from disco_jax.gather import AllGather
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.packed import Hop, PackedExchange, received_channels
+from disco_jax.plan.frozen import Frozen
+from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
+from disco_jax.trace import ExchangeRecord, Images, Trace, exchanges, modules, readers, trace
+
+
+def plan_hops(mask: Bool[np.ndarray, "n c"]) -> tuple[Hop, ...]:
+    """The messages that bring every node the channels of its mask row; empty hops are left out.
+
+    >>> plan_hops(np.array([[1, 1, 0, 1], [0, 0, 1, 1]], bool))
+    (Hop(offset=1, sends=((), (1,))),)
+    """
+    nodes, channels = mask.shape
+    block = channels // nodes
+    blocks = mask.reshape(nodes, nodes, block)  # [reader, owner, channel]
+    hops = []
+    for offset in range(1, nodes):
+        sends = tuple(
+            tuple(np.flatnonzero(blocks[(s + offset) % nodes, s]).tolist()) for s in range(nodes)
+        )
+        if any(sends):
+            hops.append(Hop(offset, sends))
+    return tuple(hops)
+
+
+def readable_channels(hops: tuple[Hop, ...], nodes: int, channels: int) -> Int[np.ndarray, "n r"]:
+    """Global index of each channel in the nodes' readable blocks, own first; -1 is fill."""
+    own = np.arange(channels).reshape(nodes, -1)
+    return np.concatenate([own, received_channels(hops, nodes, channels // nodes)], axis=1)
+
+
+def pack_kernel(
+    kernel: Float[Array, "... c_in c_out"], readable: Int[np.ndarray, "n r"]
+) -> Float[Array, "n ... r o"]:
+    """Each node's rows of readable channels and columns of own outputs; rows of fill are zero."""
+    blocks = jnp.split(kernel, len(readable), axis=-1)
+    packed = [
+        jnp.take(block, jnp.maximum(rows, 0), axis=-2) * (rows >= 0)[:, None].astype(block.dtype)
+        for rows, block in zip(readable, blocks, strict=True)
+    ]
+    return jnp.stack(packed)
+
+
+def freeze(
+    model: nnx.Module,
+    images: Images,
+    *,
+    wire_dtype: str | None = None,
+    mesh: NodeMesh | None = None,
+) -> Frozen:
+    """Freezes the masks of a model into a plan, and packs the model accordingly.
+
+    Args:
+      model: a masked model; it is not changed.
+      images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype are used.
+      wire_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None sends what is computed.
+      mesh: where the packed model is to run, the model's own mesh by default.
+
+    Returns:
+      The packed model, compiled on its first call.
+
+    Raises:
+      DiscoError: if the mesh has another number of nodes, the wire dtype is not one, or the model
+        has no exchange.
+    """
+    found = exchanges(model)
+    require(
+        bool(found),
+        f"`model` (={type(model).__name__}) has no masked exchange; pass a model made of "
+        "disco_jax layers that is not frozen already",
+    )
+    nodes = next(iter(found.values())).mesh.nodes
+    require(
+        mesh is None or mesh.nodes == nodes,
+        f"`nodes` of the mesh (={mesh and mesh.nodes}) must be those of the model (={nodes}); "
+        f"pass mesh=NodeMesh(nodes={nodes})",
+    )
+    traced = trace(model, images)
+    hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
+    packed = nnx.clone(model)
+    if mesh is not None:
+        move(packed, mesh)
+    _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges})
+    packed.eval()
+    plan = _plan(packed, traced, trace(packed, images))
+    return Frozen(packed, plan)
+
+
+def move(model: nnx.Module, mesh: NodeMesh) -> None:
+    """Moves a model to another mesh of as many nodes, in place."""
+    for _, module in modules(model):
+        if hasattr(module, "mesh"):
+            module.mesh = mesh
+        for variable in vars(module).values():
+            if isinstance(variable, nnx.Variable) and isinstance(variable[...], jax.Array):
+                value = variable[...]
+                spec = getattr(value.sharding, "spec", ())
+                variable.set_value(mesh.put(np.asarray(value), *spec))
+
+
+def _pack(model: nnx.Module, hops: dict[str, tuple[Hop, ...]], dtypes: dict[str, str]) -> None:
+    """Replaces every masked exchange, and the kernels that read it."""
+    readable, kernels, layers = [], [], []
+    replacement: dict[int, PackedExchange] = {}
+    reading = readers(model)
+    for path, exchange in exchanges(model).items():
+        new = PackedExchange(exchange, hops[path], dtypes.get(path, "float32"))
+        replacement[id(exchange)] = new
+        for _, layer in reading[path]:
+            readable.append(readable_channels(new.hops, new.mesh.nodes, new.channels))
+            kernels.append(layer.kernel[...])
+            layers.append(layer)
+    pack = jax.jit(  # one program, not one for each shape
+        lambda kernels: [pack_kernel(*pair) for pair in zip(kernels, readable, strict=True)],
+        out_shardings=[layer.mesh.sharding(NODE) for layer in layers],
+    )
+    for layer, kernel in zip(layers, pack(kernels), strict=True):
+        layer.kernel = nnx.Param(kernel)
+    for _, module in list(modules(model)):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, Exchange):
+                setattr(module, name, replacement[id(child)])
+
+
+def _plan(model: nnx.Module, masked: Trace, packed: Trace) -> CommunicationPlan:
+    found: dict[str, Any] = dict(modules(model))
+    calls: dict[str, list[ExchangeRecord]] = {}
+    for record in packed.exchanges:
+        calls.setdefault(record.path, []).append(record)
+    nodes = next(m.mesh.nodes for m in found.values() if isinstance(m, PackedExchange))
+    return CommunicationPlan(
+        nodes,
+        tuple(_exchange_plan(found[path], records) for path, records in calls.items()),
+        tuple(
+            LayerPlan(
+                after.path,
+                after.exchange,
+                after.macs,
+                before.macs,
+                _weight_bytes(found[after.path], found[after.path].kernel.size, nodes),
+                _weight_bytes(found[after.path], _dense_size(found[after.path]), nodes),
+            )
+            for before, after in zip(masked.layers, packed.layers, strict=True)
+        ),
+    )
+
+
+def _exchange_plan(module: Any, records: Sequence[ExchangeRecord]) -> ExchangePlan:
+    return ExchangePlan(
+        path=records[0].path,
+        consumers=records[0].consumers,
+        positions=tuple(r.positions for r in records),
+        channels=records[0].shape[-1],
+        wire_dtype=getattr(module, "wire_dtype", records[0].dtype),
+        hops=getattr(module, "hops", ()),
+        gathered=module.width if isinstance(module, AllGather) else 0,
+    )
+
+
+def _dense_size(layer: Any) -> int:
+    """Number of weights of the layer's dense kernel, on all nodes together."""
+    if not isinstance(layer.exchange, PackedExchange):
+        return layer.kernel.size
+    return layer.kernel.size // layer.kernel.shape[-2] * layer.exchange.channels
+
+
+def _weight_bytes(layer: Any, kernel_size: int, nodes: int) -> int:
+    bias = 0 if layer.bias is None else layer.bias.size
+    return (kernel_size + bias) // nodes * layer.kernel[...].dtype.itemsize

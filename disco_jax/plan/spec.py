@@ -1,0 +1,180 @@
+"""The communication plan: what crosses which link, frozen before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from disco_jax import wire
+from disco_jax.errors import DiscoError, require
+from disco_jax.packed import Hop
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangePlan:
+    """One exchange of a model.
+
+    Attributes:
+      path: where it is in the model.
+      consumers: paths of the layers that read it.
+      positions: pixels or tokens per example, one entry for every call.
+      channels: channels that the nodes own together, dead ones included.
+      wire_dtype: what travels.
+      hops: the messages of a packed exchange, one entry for each ring offset in use.
+      gathered: numbers per position that every node sends to every other (an exchange without a
+        mask: results, statistics); 0 for a packed exchange.
+    """
+
+    path: str
+    consumers: tuple[str, ...]
+    positions: tuple[int, ...]
+    channels: int
+    wire_dtype: str
+    hops: tuple[Hop, ...] = ()
+    gathered: int = 0
+
+    def kept(self, nodes: int) -> int:
+        """(channel, link) pairs that travel, fill included."""
+        return sum(h.width * len(h.pairs) for h in self.hops) + self.gathered * nodes * (nodes - 1)
+
+    def dense(self, nodes: int) -> int:
+        """(channel, link) pairs of the dense split."""
+        width = self.gathered or self.channels // nodes
+        return width * nodes * (nodes - 1)
+
+    def traffic_bytes(self, nodes: int) -> int:
+        """Bytes per example over all directed links."""
+        return sum(self.positions) * self.kept(nodes) * wire.itemsize(self.wire_dtype)
+
+    def dense_traffic_bytes(self, nodes: int) -> int:
+        """The same for the dense split in float32."""
+        return sum(self.positions) * self.dense(nodes) * 4
+
+    def collectives(self, nodes: int) -> int:
+        """Collectives that the compiled program has for it."""
+        return len(self.positions) * (len(self.hops) + (self.gathered > 0 and nodes > 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """One layer with weights: multiplications per example and bytes of weights, of one node."""
+
+    path: str
+    exchange: str
+    macs: int
+    dense_macs: int
+    weight_bytes: int
+    dense_weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CommunicationPlan:
+    """The frozen, static schedule of a packed model.
+
+    >>> plan = CommunicationPlan(2, (ExchangePlan("conv", (), (4,), 2, "float32", (
+    ...     Hop(1, ((0,), (0,))),)),), ())
+    >>> plan.traffic_bytes, plan == CommunicationPlan.from_json(plan.to_json())
+    (32, True)
+    """
+
+    nodes: int
+    exchanges: tuple[ExchangePlan, ...]
+    layers: tuple[LayerPlan, ...]
+    version: int = VERSION
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Bytes per example, summed over directed links and exchanges."""
+        return sum(e.traffic_bytes(self.nodes) for e in self.exchanges)
+
+    @property
+    def dense_traffic_bytes(self) -> int:
+        """Bytes per example of the dense split in float32."""
+        return sum(e.dense_traffic_bytes(self.nodes) for e in self.exchanges)
+
+    @property
+    def macs_per_node(self) -> int:
+        """Multiplications of one node per example, in layers with weights."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def single_node_macs(self) -> int:
+        """Multiplications per example of the unsplit dense network."""
+        return sum(layer.dense_macs for layer in self.layers) * self.nodes
+
+    @property
+    def weight_bytes_per_node(self) -> int:
+        """Bytes of kernels and biases that one node holds."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def single_node_weight_bytes(self) -> int:
+        """Bytes of kernels and biases of the unsplit dense network."""
+        return sum(layer.dense_weight_bytes for layer in self.layers) * self.nodes
+
+    @property
+    def collectives(self) -> int:
+        """Collectives that the compiled program has."""
+        return sum(e.collectives(self.nodes) for e in self.exchanges)
+
+    def to_json(self) -> str:
+        """A JSON document that :meth:`from_json` reads back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CommunicationPlan:
+        """Reads a plan.
+
+        Raises:
+          DiscoError: if the text is not a plan of this version.
+        """
+        try:
+            content = json.loads(text)
+            version = content["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DiscoError(
+                f"`plan` is not a communication plan ({error!r}); write one with plan.to_json()"
+            ) from None
+        require(
+            version == VERSION,
+            f"`version` of the plan (={version!r}) must be {VERSION}; freeze the model again",
+        )
+        try:
+            exchanges = tuple(_exchange(e) for e in content["exchanges"])
+            layers = tuple(LayerPlan(**layer) for layer in content["layers"])
+            return cls(content["nodes"], exchanges, layers)
+        except (KeyError, TypeError) as error:
+            raise DiscoError(
+                f"`plan` lacks or misspells a field ({error}); freeze the model again"
+            ) from None
+
+    def __str__(self) -> str:
+        table = Table("exchange", "channels", "kept", "wire", "hops", "bytes", "of dense")
+        for e in self.exchanges:
+            dense, sent = e.dense_traffic_bytes(self.nodes), e.traffic_bytes(self.nodes)
+            kept = f"{e.kept(self.nodes)}/{e.dense(self.nodes)}"
+            hops = str(len(e.hops) or "all" * (e.gathered > 0) or "-")
+            share = f"{sent / dense:.3f}" if dense else "-"
+            table.add_row(e.path, str(e.channels), kept, e.wire_dtype, hops, f"{sent:,}", share)
+        table.add_section()
+        total, dense = self.traffic_bytes, self.dense_traffic_bytes
+        share = f"{total / dense:.3f}" if dense else "-"
+        table.add_row(f"{self.nodes} nodes", "", "", "", "", f"{total:,}", share)
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+
+def _exchange(content: dict[str, Any]) -> ExchangePlan:
+    hops = tuple(
+        Hop(hop["offset"], tuple(tuple(sent) for sent in hop["sends"])) for hop in content["hops"]
+    )
+    tuples = {name: tuple(content[name]) for name in ("consumers", "positions")}
+    return ExchangePlan(**{**content, **tuples, "hops": hops})

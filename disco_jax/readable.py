@@ -1,0 +1,109 @@
+"""What the nodes can read, and the local operations that read it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.partition import activation_spec, batch_spec, check_batch, kernel_spec
+
+Operation = Callable[[Float[Array, "b ... r"], Float[Array, "... r o"]], Float[Array, "b ... o"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Readable:
+    """The result of an exchange: for every node the channels it may read.
+
+    Attributes:
+      values: ``[b, ..., n*r]``, one block of ``r`` readable channels for each node; where
+        ``split`` is False, ``[b, ..., r]`` that every node reads (in part, if there is a mask).
+      mesh: the nodes.
+      mask: ``[n, r]``, which of the shared ``values`` each node reads; None reads all.
+      split: whether ``values`` holds a block for each node.
+      packed: whether the kernels that read this have a leading node axis ``[n, ..., r, o]``.
+    """
+
+    values: Float[Array, "b ... c"]
+    mesh: NodeMesh = dataclasses.field(metadata={"static": True})
+    mask: Bool[Array, "n r"] | None = None
+    split: bool = dataclasses.field(default=True, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def replace(self, values: Float[Array, "b ... c"]) -> Readable:
+        """The same with other ``values`` (another dtype, say)."""
+        return dataclasses.replace(self, values=values)
+
+    def apply(self, op: Operation, kernel: Float[Array, "..."]) -> Float[Array, "b ... c_out"]:
+        """The local operation: every node computes its ``c_out/n`` outputs from what it reads.
+
+        ``op`` maps a node's ``[b, ..., r]`` and ``[..., r, o]`` to ``[b, ..., o]`` and is blind to
+        where it runs. Returns owned channels ``[b, ..., n*o]``.
+        """
+        if self.mesh.distributed:
+            return self._apply_on_nodes(op, kernel)
+        if self.packed:
+            return self._apply_stacked(op, kernel)
+        if self.mask is not None:
+            kernel = kernel * expand_mask(self.mask, kernel.shape[-1]).astype(kernel.dtype)
+        return op(self.values, kernel)
+
+    def _apply_on_nodes(self, op: Operation, kernel: Array) -> Array:
+        check_batch(self.values, self.mesh)
+        ndim = self.values.ndim
+        return jax.shard_map(
+            lambda x, k: op(x, k[0] if self.packed else k),
+            mesh=self.mesh.jax_mesh,
+            in_specs=(
+                activation_spec(ndim) if self.split else batch_spec(ndim),  # [b/data, ..., r]
+                P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
+            ),
+            out_specs=activation_spec(ndim),  # [b/data, ..., c_out/n]
+        )(self.values, kernel)
+
+    def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
+        nodes = self.mesh.nodes
+        blocks = jnp.reshape(self.values, (*self.values.shape[:-1], nodes, -1))
+        ys = jax.vmap(op, in_axes=(-2, 0), out_axes=-2)(blocks, kernel)
+        return jnp.reshape(ys, (*ys.shape[:-2], -1))
+
+
+def expand_mask(mask: Bool[Array, "n c_in"], c_out: int) -> Bool[Array, "c_in c_out"]:
+    """The weight mask ``[c_in, c_out]`` of a node mask: column ``o`` is the row of o's owner.
+
+    >>> expand_mask(jnp.array([[True, False], [True, True]]), 4).astype(int).tolist()
+    [[1, 1, 1, 1], [0, 0, 1, 1]]
+    """
+    return jnp.repeat(mask.T, c_out // mask.shape[0], axis=1)
+
+
+_events: contextvars.ContextVar[list[tuple[Any, Array]] | None] = contextvars.ContextVar(
+    "disco_jax_events", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, Array]]]:
+    """Collects what exchanges and layers :func:`note` while a model is called."""
+    events: list[tuple[Any, Array]] = []
+    token = _events.set(events)
+    try:
+        yield events
+    finally:
+        _events.reset(token)
+
+
+def note(module: Any, value: Array) -> None:
+    """Tells whoever is :func:`recording` that ``module`` moved, or computed, ``value``."""
+    events = _events.get()
+    if events is not None:
+        events.append((module, value))

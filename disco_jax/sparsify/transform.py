@@ -1,0 +1,182 @@
+"""Masks learned as optax state, and masks set in one shot."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from disco_jax.errors import require
+from disco_jax.sparsify.budget import uniform
+from disco_jax.sparsify.schedules import SCHEDULES
+from disco_jax.sparsify.scores import SCORES
+from disco_jax.trace import exchanges, readers
+
+Masks = dict[str, Bool[Array, "node channel"]]
+
+
+class SparseExchangeState(NamedTuple):
+    """State of :func:`sparse_exchange`."""
+
+    step: Int[Array, ""]  # int32[], updates so far
+    masks: Masks  # bool[node, channel] for each exchange path
+    inner: optax.OptState  # of the wrapped optimiser
+
+
+def sparse_exchange(
+    inner: optax.GradientTransformation,
+    *,
+    density: float,
+    steps: int,
+    score: str = "l2",
+    schedule: str = "cubic",
+    every: int = 10,
+) -> optax.GradientTransformationExtraArgs:
+    """Learns which channels cross the link while ``inner`` learns the weights.
+
+    Every ``every`` updates, and for the last time after ``steps`` of them, all (node, channel)
+    pairs are scored by the weights that read them and the best are kept, as many as the schedule
+    allows. The masks are optax state: call :func:`apply_masks` after each update so that the model
+    uses them.
+
+    Args:
+      inner: the optimiser of the weights.
+      density: share of remote pairs that is left in the end, 0 to 1.
+      steps: update after which the masks no longer change.
+      score: a key of ``SCORES``.
+      schedule: a key of ``SCHEDULES``.
+      every: updates between two choices of masks.
+
+    Raises:
+      DiscoError: for a density outside [0, 1] or an unknown name; in ``init``, if no parameter
+        says which exchange it reads.
+    """
+    check_choice(density, score)
+    require(
+        schedule in SCHEDULES,
+        f"`schedule` (={schedule!r}) must be one of {', '.join(SCHEDULES)}; choose one of these",
+    )
+    require(every >= 1, f"`every` (={every}) must be at least 1 update; pass every=1 for each")
+    density_at = SCHEDULES[schedule](density, steps)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> SparseExchangeState:
+        masks = {
+            path: uniform(jnp.zeros((nodes, kernels[0].shape[-2])), 1.0)
+            for path, (nodes, kernels) in kernels_by_exchange(params).items()
+        }
+        require(
+            bool(masks),
+            "`params` hold no kernel that names its exchange; pass nnx.state(model, nnx.Param) of "
+            "a model from models.create, or call disco_jax.name_exchanges(model) first",
+        )
+        return SparseExchangeState(jnp.zeros((), jnp.int32), masks, inner.init(params))
+
+    def update(
+        grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SparseExchangeState]:
+        require(
+            params is not None,
+            "`params` is missing; call update(grads, state, params): masks are "
+            "chosen by the weights",
+        )
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
+        step = state.step
+        due = ((step % every == 0) & (step < steps)) | (step == steps)
+        masks = jax.lax.cond(
+            due,
+            lambda params, _: choose_masks(params, density_at(step), score),
+            lambda _, masks: masks,
+            params,
+            state.masks,
+        )
+        return updates, SparseExchangeState(step + 1, masks, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kernels_by_exchange(params: Any) -> dict[str, tuple[int, list[Array]]]:
+    """Groups kernels by the exchange that their metadata names: path -> (nodes, kernels)."""
+    groups: dict[str, tuple[int, list[Array]]] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        metadata = leaf.get_metadata() if isinstance(leaf, nnx.Variable) else {}
+        if "exchange" in metadata:
+            group = groups.setdefault(metadata["exchange"], (metadata["nodes"], []))
+            group[1].append(leaf[...])
+    return groups
+
+
+def choose_masks(params: Any, density: float | Array, score: str, **options: Any) -> Masks:
+    """Scores all pairs by the kernels in ``params`` and keeps the best of every exchange.
+
+    Rows of dead channels are zero in every kernel: their score is the lowest, so they are the
+    last to be kept, and ``Exchange.set_mask`` users lose nothing.
+    """
+    return {
+        path: uniform(SCORES[score](kernels, nodes, **options), density)
+        for path, (nodes, kernels) in kernels_by_exchange(params).items()
+    }
+
+
+def apply_masks(model: nnx.Module, state: Any) -> None:
+    """Copies the masks in an optimiser state (anywhere in its tree) into the model."""
+    found = [s for s in _states(state) if isinstance(s, SparseExchangeState)]
+    masks = found[0].masks if found else {}
+    for path, exchange in exchanges(model).items():
+        if path in masks:
+            exchange.mask.set_value(masks[path])
+
+
+def _states(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, SparseExchangeState))
+
+
+def prune(model: nnx.Module, density: float, score: str = "l2", **options: Any) -> None:
+    """Sets every mask in place, in one shot, to the best ``density`` of its remote pairs.
+
+    Args:
+      model: a masked model.
+      density: share of the remote (node, channel) pairs of each exchange to keep.
+      score: a key of ``SCORES``.
+      **options: what the score takes (``seed`` for ``"random"``).
+
+    Raises:
+      DiscoError: for a density outside [0, 1] or an unknown score.
+    """
+    check_choice(density, score)
+    found = exchanges(model)
+    kernels = {
+        path: [layer.kernel[...] for _, layer in layers]
+        for path, layers in readers(model).items()
+        if layers
+    }
+
+    def choose(kernels: dict[str, list[Array]]) -> Masks:
+        return {
+            path: uniform(
+                SCORES[score](group, found[path].mesh.nodes, **options),
+                density,
+                found[path].features,
+            )
+            for path, group in kernels.items()
+        }
+
+    for path, mask in jax.jit(choose)(kernels).items():  # one program, not one for each shape
+        found[path].set_mask(mask)
+
+
+def check_choice(density: float, score: str) -> None:
+    """Refuses a density or a score that does not exist."""
+    require(
+        0 <= density <= 1,
+        f"`density` (={density}) must be between 0 (nodes never talk) and 1 (dense split); "
+        "choose a share, such as 0.2",
+    )
+    require(
+        score in SCORES,
+        f"`score` (={score!r}) must be one of {', '.join(SCORES)}; choose one of these",
+    )

@@ -1,0 +1,177 @@
+"""The training loop: phases that can be interrupted anywhere and continue exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from disco_jax.data.pipeline import Preprocess, evaluation_batches
+from disco_jax.data.sources import Source
+from disco_jax.errors import DiscoError, require
+from disco_jax.mesh import NodeMesh
+from disco_jax.partition import batch_spec
+from disco_jax.tasks import classification
+from disco_jax.train.checkpoint import Checkpoints
+from disco_jax.train.progress import MetricsWriter, console, progress_bar
+from disco_jax.train.step import TrainState, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of training with an optimiser and checkpoints of its own.
+
+    Attributes:
+      name: ``"dense"`` or ``"sparse"``; names the checkpoint folder and the metrics.
+      steps: updates in all.
+      tx: the optimiser.
+      steps_per_epoch: how often to validate.
+      save_every: updates between checkpoints.
+      keep: checkpoints kept.
+      label_smoothing, ema_decay: see ``train_step``; 0 turns them off.
+      architecture: what the model was built from, stored with the checkpoints.
+    """
+
+    name: str
+    steps: int
+    tx: optax.GradientTransformation
+    steps_per_epoch: int
+    save_every: int
+    keep: int
+    label_smoothing: float
+    ema_decay: float
+    architecture: dict[str, Any]
+
+
+def put_batch(batch: dict[str, Any], mesh: NodeMesh) -> dict[str, jax.Array]:
+    """Splits a batch over the data axis; every node gets all channels."""
+    return {k: mesh.put(v, *batch_spec(v.ndim)) for k, v in batch.items()}
+
+
+def fit(
+    model: nnx.Module,
+    phase: Phase,
+    batches: grain.DatasetIterator,
+    validate: Callable[[nnx.Module], dict[str, float]],
+    *,
+    mesh: NodeMesh,
+    workdir: Path,
+) -> None:
+    """Trains ``model`` in place, from the newest checkpoint of the phase if there is one.
+
+    Raises:
+      DiscoError: if the loss is not finite, or a checkpoint does not fit. Checkpoints written
+        before are left as they are.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints" / phase.name, keep=phase.keep)
+    state = TrainState.create(model, phase.tx, mesh=mesh, ema=phase.ema_decay > 0)
+    if checkpoints.latest is not None:
+        state, position = checkpoints.restore(state, architecture=phase.architecture)
+        batches.set_state(position)
+        console.print(f"{phase.name}: going on from step {int(state.step)}")
+    save = partial(checkpoints.save, architecture=phase.architecture)
+    try:
+        state = _run(model, state, phase, batches, validate, save, mesh, MetricsWriter(workdir))
+    finally:
+        checkpoints.close()
+    state.write_to(model)
+
+
+def _run(
+    model: nnx.Module,
+    state: TrainState,
+    phase: Phase,
+    batches: grain.DatasetIterator,
+    validate: Callable[[nnx.Module], dict[str, float]],
+    save: Callable[..., None],
+    mesh: NodeMesh,
+    metrics: MetricsWriter,
+) -> TrainState:
+    step_fn = train_step(
+        model,
+        phase.tx,
+        state,
+        label_smoothing=phase.label_smoothing,
+        ema_decay=phase.ema_decay,
+    )
+    first, mark, seen = int(state.step), time.perf_counter(), 0
+    with progress_bar() as bar:
+        task = bar.add_task(phase.name, total=phase.steps, completed=first, status="compiling")
+        for step in range(first + 1, phase.steps + 1):
+            batch = put_batch(next(batches), mesh)
+            state, loss = step_fn(state, batch)
+            seen += len(batch["label"])
+            if step == first + 1:  # compilation is not throughput
+                jax.block_until_ready(loss)
+                mark, seen = time.perf_counter(), 0
+            last = step == phase.steps
+            validates = last or step % phase.steps_per_epoch == 0
+            if validates or step % phase.save_every == 0 or step % 10 == 0:
+                value = _finite(float(loss), phase, step)
+                rate = seen / max(time.perf_counter() - mark, 1e-9)
+                bar.update(task, completed=step, status=f"loss {value:.3f} {rate:.0f} images/s")
+                metrics.write(phase.name, step, loss=value, images_per_second=rate)
+                mark, seen = time.perf_counter(), 0
+            if validates:
+                state.write_to(model)
+                found = validate(model)
+                metrics.write(phase.name, step, **found)
+                accuracy = 100 * found["accuracy"]
+                console.print(f"{phase.name} step {step}: validation accuracy {accuracy:.2f} %")
+                mark = time.perf_counter()
+            if last or step % phase.save_every == 0:
+                save(state, data=batches.get_state())
+    return state
+
+
+def _finite(loss: float, phase: Phase, step: int) -> float:
+    if math.isfinite(loss):
+        return loss
+    raise DiscoError(
+        f"`loss` (={loss}) at step {step} of phase {phase.name!r} is not finite; lower the "
+        "learning rate or set optimizer.clip_norm, and run the same command again: it goes on "
+        "from the newest checkpoint"
+    )
+
+
+def evaluate(
+    run: Callable[[jax.Array], jax.Array],
+    source: Source,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    mesh: NodeMesh,
+) -> dict[str, float]:
+    """Accuracy and mean loss over a whole split.
+
+    Args:
+      run: images to logits (a ``Program`` or a ``Frozen``).
+      source: the images.
+      preprocess: how they are prepared.
+      batch_size: images at a time; must divide by the mesh's ``data``.
+      mesh: where ``run`` runs.
+    """
+    require(
+        batch_size % mesh.data == 0,
+        f"`eval_batch_size` (={batch_size}) must be divisible by `data` (={mesh.data}); choose a "
+        "multiple",
+    )
+    total = {"correct": 0.0, "loss": 0.0, "count": 0.0}
+    for batch in evaluation_batches(source, preprocess, batch_size):
+        logits = run(jnp.asarray(batch["image"]))
+        found = classification.sums(
+            logits, *(mesh.put(batch[k], None) for k in ("label", "weight"))
+        )
+        total = {k: total[k] + float(found[k]) for k in total}
+    count = total["count"]
+    return {"accuracy": total["correct"] / count, "loss": total["loss"] / count}

@@ -1,0 +1,29 @@
+"""Eight faked CPU devices for all tests, chosen before JAX starts."""
+
+import os
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "disco", deadline=None, max_examples=6, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("disco")
+
+
+@pytest.fixture
+def x64():
+    """Double precision within one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """A module's compiled programs are of no use to the next."""
+    yield
+    jax.clear_caches()
