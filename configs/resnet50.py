@@ -21,7 +21,11 @@ def get_config(variant: str = "digits"):
     c.name = f"resnet50_{variant}"
     c.model.name = "resnet50"
     c.data.update(source="digits", mean=(0.3,) * 3, std=(0.37,) * 3)
-    c.data.update(train_transforms=("rgb", "random_crop"), eval_transforms=("rgb", "resize"))
+    c.data.update(train_transforms=("rgb", "resize"), eval_transforms=("rgb", "resize"))
+    c.optimizer.update(name="adamw", weight_decay=0.05)
+    c.dense.update(epochs=5.0, learning_rate=1e-3)
+    c.sparse.update(epochs=3.0, learning_rate=1e-3, mask_share=0.35, every=5)
+    c.checkpoint.every_epochs = 3.0
     if variant == "smoke":
         c.max_steps = 3
         c.sparse.every = 1
@@ -33,7 +37,8 @@ def get_config(variant: str = "digits"):
         c.data.eval_transforms = ("rgb", "resize_center_crop")
         c.data.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         c.batch_size, c.eval_batch_size = 1024, 1024
-        c.optimizer.update(weight_decay=5e-5, warmup_epochs=5.0, label_smoothing=0.1)
+        c.optimizer.update(name="sgd", weight_decay=5e-5, warmup_epochs=5.0, label_smoothing=0.1)
         c.dense.update(epochs=90.0, learning_rate=0.4)
-        c.sparse.update(epochs=30.0, learning_rate=0.04, every=100)
+        c.sparse.update(epochs=30.0, learning_rate=0.04, mask_share=0.5, every=100)
+        c.checkpoint.every_epochs = 1.0
     return c

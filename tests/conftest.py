@@ -4,10 +4,12 @@ import os
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling; the numbers do not depend on how well it is done.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 hypothesis.settings.register_profile(
     "disco", deadline=None, max_examples=6, derandomize=True, print_blob=True

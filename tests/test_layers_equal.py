@@ -18,6 +18,7 @@ FLOAT32 = 1e-5
 def value_and_grads(layer, x):
     """Outputs, and gradients of a random projection with respect to weights and input."""
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+
     def project(params, x):
         y = nnx.merge(graphdef, params, rest, copy=True)(x)
         weights = np.random.default_rng(9).normal(size=y.shape)
@@ -72,7 +73,7 @@ def check_layer(make, make_plain, x_shape, density, nodes, seed):
 
 def planned_bytes(mask, x_shape):
     """Bytes per example from the mask alone; a hop's messages are as wide as its widest."""
-    nodes, channels = mask.shape
+    nodes = len(mask)
     blocks = np.asarray(mask).reshape(nodes, nodes, -1).sum(-1)
     floats = 0
     for offset in range(1, nodes):
@@ -213,7 +214,7 @@ def test_node_local_operations(nodes):
 
     def by_node(function):
         return jnp.concatenate(
-            [function(a, b) for a, b in zip(jnp.split(x, nodes, -1), jnp.split(y, nodes, -1))], -1
+            list(map(function, jnp.split(x, nodes, -1), jnp.split(y, nodes, -1))), -1
         )
 
     def shuffled(a, _):

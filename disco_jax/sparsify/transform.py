@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,21 @@ from disco_jax.sparsify.scores import SCORES
 from disco_jax.trace import exchanges, readers
 
 Masks = dict[str, Bool[Array, "node channel"]]
+Kernels = dict[str, list[Array]]
+Readers = tuple[tuple[str, str], ...]
 
 
-class SparseExchangeState(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseExchangeState:
     """State of :func:`sparse_exchange`."""
 
     step: Int[Array, ""]  # int32[], updates so far
     masks: Masks  # bool[node, channel] for each exchange path
     inner: optax.OptState  # of the wrapped optimiser
+    # Static, because an optimiser is given bare arrays when it updates:
+    readers: Readers = dataclasses.field(metadata={"static": True})  # (parameter, exchange)
+    nodes: int = dataclasses.field(metadata={"static": True})
 
 
 def sparse_exchange(
@@ -65,16 +73,15 @@ def sparse_exchange(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SparseExchangeState:
-        masks = {
-            path: uniform(jnp.zeros((nodes, kernels[0].shape[-2])), 1.0)
-            for path, (nodes, kernels) in kernels_by_exchange(params).items()
-        }
+        readers, nodes = kernel_readers(params)
         require(
-            bool(masks),
+            bool(readers),
             "`params` hold no kernel that names its exchange; pass nnx.state(model, nnx.Param) of "
             "a model from models.create, or call disco_jax.name_exchanges(model) first",
         )
-        return SparseExchangeState(jnp.zeros((), jnp.int32), masks, inner.init(params))
+        masks = choose_masks(group_kernels(params, readers), nodes, 1.0, score)
+        step = jnp.zeros((), jnp.int32)
+        return SparseExchangeState(step, masks, inner.init(params), readers, nodes)
 
     def update(
         grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
@@ -89,37 +96,50 @@ def sparse_exchange(
         due = ((step % every == 0) & (step < steps)) | (step == steps)
         masks = jax.lax.cond(
             due,
-            lambda params, _: choose_masks(params, density_at(step), score),
+            lambda kernels, _: choose_masks(kernels, state.nodes, density_at(step), score),
             lambda _, masks: masks,
-            params,
+            group_kernels(params, state.readers),
             state.masks,
         )
-        return updates, SparseExchangeState(step + 1, masks, inner_state)
+        after = dataclasses.replace(state, step=step + 1, masks=masks, inner=inner_state)
+        return updates, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kernels_by_exchange(params: Any) -> dict[str, tuple[int, list[Array]]]:
-    """Groups kernels by the exchange that their metadata names: path -> (nodes, kernels)."""
-    groups: dict[str, tuple[int, list[Array]]] = {}
-    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        metadata = leaf.get_metadata() if isinstance(leaf, nnx.Variable) else {}
-        if "exchange" in metadata:
-            group = groups.setdefault(metadata["exchange"], (metadata["nodes"], []))
-            group[1].append(leaf[...])
+def kernel_readers(params: Any) -> tuple[Readers, int]:
+    """(parameter, exchange) of every kernel whose metadata names one, and the number of nodes."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
+    data = [(_name(path), v.get_metadata()) for path, v in leaves if _is_variable(v)]
+    named = [(name, metadata) for name, metadata in data if "exchange" in metadata]
+    nodes = named[0][1]["nodes"] if named else 1
+    return tuple((name, metadata["exchange"]) for name, metadata in named), nodes
+
+
+def group_kernels(params: Any, readers: Readers) -> Kernels:
+    """The kernels that read each exchange."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
+    arrays = {_name(path): v[...] if _is_variable(v) else v for path, v in leaves}
+    groups: Kernels = {}
+    for name, exchange in readers:
+        groups.setdefault(exchange, []).append(arrays[name])
     return groups
 
 
-def choose_masks(params: Any, density: float | Array, score: str, **options: Any) -> Masks:
-    """Scores all pairs by the kernels in ``params`` and keeps the best of every exchange.
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
-    Rows of dead channels are zero in every kernel: their score is the lowest, so they are the
-    last to be kept, and ``Exchange.set_mask`` users lose nothing.
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def choose_masks(kernels: Kernels, nodes: int, density: float | Array, score: str) -> Masks:
+    """Scores all pairs by the kernels that read them and keeps the best of every exchange.
+
+    Rows of dead channels are zero in every kernel, so that they are the last to be kept.
     """
-    return {
-        path: uniform(SCORES[score](kernels, nodes, **options), density)
-        for path, (nodes, kernels) in kernels_by_exchange(params).items()
-    }
+    return {path: uniform(SCORES[score](group, nodes), density) for path, group in kernels.items()}
 
 
 def apply_masks(model: nnx.Module, state: Any) -> None:

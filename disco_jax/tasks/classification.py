@@ -15,7 +15,7 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean cross-entropy against labels smoothed towards uniform (Szegedy et al. 2016).
 
-    >>> float(loss(jnp.zeros((1, 2)), jnp.array([0])).round(4))
+    >>> round(float(loss(jnp.zeros((1, 2)), jnp.array([0]))), 4)
     0.6931
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

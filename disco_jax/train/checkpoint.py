@@ -59,6 +59,7 @@ class Checkpoints:
         Raises:
           DiscoError: if there is none, it is of another architecture, or it is damaged.
         """
+        self._checkpointer.wait()
         step = self.latest
         require(
             step is not None,

@@ -1,0 +1,227 @@
+"""No hidden communication: compiled collectives, their shapes and the plan say the same."""
+
+import json
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, random_mask, random_masks
+
+import disco_jax as dj
+from disco_jax.plan import CommunicationPlan, collectives
+from disco_jax.plan.freeze import plan_hops, readable_channels
+from disco_jax.plan.hlo import Collective
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_resnet50(nodes):
+    """Full size: collectives and bytes equal the plan's, to the byte; silence at density 0."""
+    mesh = dj.NodeMesh(nodes, emulate=False)
+    model = dj.models.create("resnet50", mesh=mesh, rngs=nnx.Rngs(0))
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    dj.sparsify.prune(model, 0.2)
+    frozen = dj.freeze(model, images)
+    found = dj.verify(frozen, images)
+    assert len(found) == 49 * (nodes - 1)
+    assert {c.kind for c in found} == {"collective-permute"}
+    assert sum(c.traffic_bytes for c in found) == frozen.plan.traffic_bytes
+    assert frozen.plan.dense_traffic_bytes >= 5.0 * frozen.plan.traffic_bytes
+    dj.sparsify.prune(model, 0.0)
+    silent = dj.freeze(model, images)
+    assert dj.verify(silent, images) == ()
+    assert silent.plan.traffic_bytes == 0
+
+
+def test_resnet50_arithmetic():
+    """The paper's arithmetic on two nodes: 5x less traffic, 0.61 of the work, 0.32 of weights."""
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create("resnet50", mesh=mesh, rngs=nnx.Rngs(0))
+    dj.sparsify.prune(model, 0.2)
+    plan = dj.freeze(model, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)).plan
+    assert plan.dense_traffic_bytes >= 5.0 * plan.traffic_bytes
+    assert plan.macs_per_node * 2 <= 0.61 * plan.single_node_macs
+    assert plan.weight_bytes_per_node <= 0.32 * plan.single_node_weight_bytes
+    assert plan.single_node_macs == 4_089_184_256  # as the literature counts ResNet-50
+    assert plan.single_node_weight_bytes == 4 * (25_557_032 - 2 * 26_560)  # less norms
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 8])
+def test_uneven_masks(nodes):
+    """Nodes that read nothing send no message, and fill is counted as what it is: bytes."""
+    mesh = dj.NodeMesh(nodes, emulate=False)
+    model = dj.models.create("resnet20", mesh=mesh, num_classes=10, width=8, rngs=nnx.Rngs(0))
+    random_masks(model, 0.5)
+    dj.verify(dj.freeze(model, jnp.zeros((2, 32, 32, 3))), jnp.zeros((2, 32, 32, 3)))
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
+def test_wire_dtypes_really_travel(wire):
+    mesh = dj.NodeMesh(2, emulate=False)
+    layer = dj.layers.Conv(8, 8, (3, 3), mesh=mesh, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
+    frozen = dj.freeze(layer, x, wire_dtype=wire)
+    assert frozen.plan.traffic_bytes == 6 * 6 * 8 * {"float32": 4}.get(wire, 2)
+    dj.verify(frozen, x)
+    emulated = dj.freeze(layer, x, wire_dtype=wire, mesh=dj.NodeMesh(2, emulate=True))
+    close(frozen(x), emulated(x), 1e-5)
+    close(frozen(x), layer(x), {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[wire])
+
+
+class Everything(nnx.Module):
+    """Node-local operations of all kinds, and the two exchanges without a mask."""
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+        rngs = nnx.Rngs(0)
+        self.conv = dj.layers.Conv(16, 32, (3, 3), mesh=mesh, rngs=rngs)
+        self.depthwise = dj.layers.Conv(
+            32, 32, (3, 3), mesh=mesh, feature_group_count=32, rngs=rngs
+        )
+        self.batch_norm = dj.layers.BatchNorm(32, mesh=mesh, rngs=rngs)
+        self.group_norm = dj.layers.GroupNorm(32, 8, mesh=mesh, rngs=rngs)
+        self.layer_norm = dj.layers.LayerNorm(32, mesh=mesh, rngs=rngs)
+        self.local_norm = dj.layers.LayerNorm(32, mesh=mesh, scope="node", rngs=rngs)
+        self.dense = dj.layers.Dense(8 * 9 * 2, 10, mesh=mesh, pad=True, rngs=rngs)
+        self.gather = dj.Gather(10, mesh=mesh)
+
+    def __call__(self, x):
+        layers, mesh = dj.layers, self.mesh
+        x = self.group_norm(self.batch_norm(self.depthwise(self.conv(x))))
+        x = self.local_norm(self.layer_norm(x))
+        first, second = layers.split(x, 2, mesh=mesh)
+        x = layers.concat([first, layers.max_pool(second, (1, 1))], mesh=mesh)
+        x = layers.pixel_shuffle(x, 2, mesh=mesh)
+        x = layers.avg_pool(x, (2, 2), (2, 2))
+        x = layers.flatten(layers.concat([x, x], mesh=mesh), mesh=mesh)
+        return self.gather(self.dense(x))
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_everything_else_is_local(nodes):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 16)), jnp.float32)
+    outputs = []
+    for emulate in (False, True):
+        mesh = dj.NodeMesh(nodes, emulate=emulate)
+        model = Everything(mesh)
+        random_masks(model, 0.5)
+        frozen = dj.freeze(model, x)
+        outputs += [frozen(x), dj.plan.Program(model)(x)]
+        if not emulate:
+            dj.verify(frozen, x)
+            by_path = {e.path: e for e in frozen.plan.exchanges}
+            assert set(by_path) == {
+                "conv.exchange",
+                "layer_norm.statistics",
+                "dense.exchange",
+                *(["gather"] if 10 % nodes else []),
+            }
+            pairs = nodes * (nodes - 1)
+            assert by_path["layer_norm.statistics"].traffic_bytes(nodes) == 2 * 4 * 9 * pairs
+    for output in outputs[1:]:
+        assert output.shape == (2, 10)
+        close(output, outputs[0], 1e-5)
+
+
+class Shared(nnx.Module):
+    """Three readers of one tensor; one of them forgets to share."""
+
+    def __init__(self, mesh):
+        self.exchange = dj.Exchange(8, mesh=mesh)
+        self.a = dj.layers.Dense(8, 8, exchange=self.exchange, rngs=nnx.Rngs(0))
+        self.b = dj.layers.Dense(8, 8, exchange=self.exchange, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        readable = self.exchange(x)
+        return self.a(readable) + self.b(readable)
+
+
+class Twice(Shared):
+    def __call__(self, x):
+        return self.a(x) + self.b(x)
+
+
+def test_shared_exchange_is_paid_once():
+    mesh = dj.NodeMesh(2, emulate=False)
+    x = jnp.ones((1, 5, 8))
+    once, twice = (dj.freeze(kind(mesh), x) for kind in (Shared, Twice))
+    assert len(dj.verify(once, x)) == 1
+    assert once.plan.exchanges[0].consumers == ("a", "b")
+    assert len(dj.verify(twice, x)) == 2
+    assert twice.plan.traffic_bytes == 2 * once.plan.traffic_bytes
+    close(once(x), twice(x), 1e-6)
+
+
+def test_verify_finds_a_collective_that_the_plan_lacks():
+    class Hidden(nnx.Module):
+        def __init__(self, mesh):
+            self.dense = dj.layers.Dense(8, 8, mesh=mesh, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            y = self.dense(x)
+            return y / y.sum(-1, keepdims=True)  # a sum over all nodes
+
+    frozen = dj.freeze(Hidden(dj.NodeMesh(2, emulate=False)), jnp.ones((1, 8)))
+    with pytest.raises(dj.DiscoError, match="collectives moving"):
+        dj.verify(frozen, jnp.ones((1, 8)))
+
+
+def test_trace_computes_nothing():
+    model = dj.models.create("resnet50", mesh=dj.NodeMesh(2), rngs=nnx.Rngs(0))
+    before = jax.tree.leaves(nnx.state(model))
+    traced = dj.trace(model, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    assert len(traced.exchanges) == 49
+    assert len(traced.layers) == 54
+    first = traced.exchanges[0]
+    assert (first.path, first.shape, first.dtype) == (
+        "blocks.0.exchange",
+        (1, 56, 56, 64),
+        "float32",
+    )
+    assert first.consumers == ("blocks.0.conv1", "blocks.0.projection")
+    assert all(a is b for a, b in zip(before, jax.tree.leaves(nnx.state(model)), strict=True))
+
+
+def test_plan_round_trips_and_prints():
+    model = dj.models.create("resnet20", mesh=dj.NodeMesh(4), num_classes=10, rngs=nnx.Rngs(0))
+    dj.sparsify.prune(model, 0.2)
+    plan = dj.freeze(model, jnp.zeros((1, 32, 32, 3))).plan
+    assert CommunicationPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["version"] == 1
+    assert "blocks.8.conv2.exchange" in str(plan)
+    assert f"{plan.traffic_bytes:,}" in str(plan)
+
+
+def test_readable_channels_follow_the_mask():
+    mask = np.asarray(random_mask(dj.Exchange(12, mesh=dj.NodeMesh(4)), 0.4))
+    readable = readable_channels(plan_hops(mask), 4, 12)
+    for row, wanted in zip(readable, mask, strict=True):
+        assert sorted(c for c in row if c >= 0) == np.flatnonzero(wanted).tolist()
+
+
+class TestHlo:
+    """The parser on lines of the forms that XLA prints."""
+
+    LINES: ClassVar = {
+        "%p = f32[1,4,2]{2,1,0} collective-permute(%x), channel_id=1, "
+        "source_target_pairs={{0,1},{1,0}}, metadata={}": Collective(
+            "collective-permute", 32, 2, 64
+        ),
+        "%s = (u16[8]{0}, u16[8]{0}, u32[], u32[]) collective-permute-start(%x), "
+        "source_target_pairs={{0,1}}": Collective("collective-permute", 16, 1, 16),
+        "%g = s8[4,6]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}, dimensions={1}": (
+            Collective("all-gather", 24, 4, 48)
+        ),
+        "%r = (f32[], f32[3]{0}) all-reduce(%a, %b), replica_groups=[1,4]<=[4]": Collective(
+            "all-reduce", 16, 12, 192
+        ),
+    }
+
+    def test_lines(self):
+        for line, expected in self.LINES.items():
+            assert collectives(line) == (expected,)
+
+    def test_nothing_else(self):
+        assert collectives("%d = f32[2] collective-permute-done(%s)\n%a = f32[2] add(%b, %c)") == ()
