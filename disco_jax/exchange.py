@@ -120,7 +120,7 @@ class Exchange(Reader):
             return Readable(x, self.mesh)
         if not self.mesh.distributed:
             return Readable(x, self.mesh, mask=mask, split=False)
-        spec = activation_spec(x.ndim)
+        spec = activation_spec(x.ndim, self.mesh)
         values = jax.shard_map(
             lambda x, mask: (
                 lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True) * mask[0].astype(x.dtype)

@@ -44,7 +44,7 @@ class Gather(AllGather):
         note(self, x)
         if not self.mesh.distributed:
             return x[..., : self.features]
-        spec = activation_spec(x.ndim)
+        spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
             lambda x: lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True)[..., : self.features],
             mesh=self.mesh.jax_mesh,
@@ -78,7 +78,7 @@ class Statistics(AllGather):
         if not self.mesh.distributed:
             blocks = jnp.reshape(x, (*x.shape[:-1], self.mesh.nodes, block))
             return _merge(jax.vmap(_moments, (-2, 0), -2)(blocks, counts), counts)
-        spec = activation_spec(x.ndim)
+        spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
             lambda x, count: _merge(
                 jnp.moveaxis(lax.all_gather(_moments(x, count[0]), NODE), 0, -2), counts

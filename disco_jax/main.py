@@ -30,19 +30,21 @@ def parse(argv: list[str]) -> None:
     """
     try:
         rest = FLAGS(argv)[1:]
-        config = FLAGS.config
-    except flags.Error as error:
-        raise DiscoError(f"{error}; see --help") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        reason = " ".join(str(error).strip().strip("'\"").split())
-        raise DiscoError(
-            f"`--config` cannot be used: {reason}; see the file named in --config for the fields "
-            "and variants that exist"
-        ) from None
+        name = FLAGS.config and FLAGS.config.name  # a file that does not load fails here
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise DiscoError(f"`command line`: {_reason(error)}; see --help and the config") from None
     if rest:
         raise DiscoError(f"`{rest[0]}` is not a flag; write --name=value, and see --help")
-    if config is None:
+    if name is None:
         raise DiscoError("`--config` is missing; pass one, such as --config=configs/resnet50.py")
+
+
+def _reason(error: Exception) -> str:
+    """The message in one line; of a traceback within it, what was raised."""
+    text = str(error).strip().strip("'\"")
+    if "Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
+    return " ".join(text.split())
 
 
 def dispatch() -> None:

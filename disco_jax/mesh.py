@@ -95,6 +95,10 @@ class NodeMesh:
         """Places an array on this mesh, its axes split as ``spec`` says."""
         return jax.device_put(value, self.sharding(*spec))
 
+    def replicate(self, tree: Any) -> Any:
+        """Inside ``jax.jit``: every device gets all of every array."""
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding()), tree)
+
     def __repr__(self) -> str:
         where = "emulated" if self.emulated else self.jax_mesh.devices.flat[0].platform
         return f"NodeMesh(nodes={self.nodes}, data={self.data}, {where})"

@@ -85,7 +85,7 @@ class PackedExchange(Reader):
         return Readable(x, self.mesh, packed=True)
 
     def _permute(self, x: Array) -> Array:
-        spec = activation_spec(x.ndim)
+        spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
             lambda x, *tables: jnp.concatenate(
                 [x, *(self._receive(x, h, t[0]) for h, t in zip(self.hops, tables, strict=True))],

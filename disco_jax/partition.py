@@ -56,14 +56,17 @@ def owned(features: int, nodes: int) -> np.ndarray:
     return owner[None, :] == np.arange(nodes)[:, None]
 
 
-def activation_spec(ndim: int) -> P:
+def activation_spec(ndim: int, mesh: NodeMesh) -> P:
     """Batch split over ``data``, channels (the last axis) over ``node``."""
-    return P(DATA, *[None] * (ndim - 2), NODE)
+    return P(*batch_spec(ndim - 1, mesh), NODE)
 
 
-def batch_spec(ndim: int) -> P:
-    """Batch split over ``data``; every node holds all channels."""
-    return P(DATA, *[None] * (ndim - 1))
+def batch_spec(ndim: int, mesh: NodeMesh) -> P:
+    """Batch split over ``data``; every node holds all channels.
+
+    An axis of size 1 is not named: XLA:CPU would sum gradients over it, which copies them all.
+    """
+    return P(DATA if mesh.data > 1 else None, *[None] * (ndim - 1))
 
 
 def kernel_spec(ndim: int) -> P:
@@ -102,8 +105,8 @@ def per_node(
         return jax.shard_map(
             fn,
             mesh=mesh.jax_mesh,
-            in_specs=tuple(activation_spec(x.ndim) for x in xs),  # [b/data, ..., c/n]
-            out_specs=activation_spec(out.ndim),  # [b/data, ..., c2/n]
+            in_specs=tuple(activation_spec(x.ndim, mesh) for x in xs),  # [b/data, ..., c/n]
+            out_specs=activation_spec(out.ndim, mesh),  # [b/data, ..., c2/n]
         )(*xs)
     blocks = (jnp.reshape(x, (*x.shape[:-1], mesh.nodes, -1)) for x in xs)
     ys = jax.vmap(fn, in_axes=-2, out_axes=-2)(*blocks)

@@ -64,10 +64,12 @@ class Readable:
             lambda x, k: op(x, k[0] if self.packed else k),
             mesh=self.mesh.jax_mesh,
             in_specs=(
-                activation_spec(ndim) if self.split else batch_spec(ndim),  # [b/data, ..., r]
+                activation_spec(ndim, self.mesh)
+                if self.split
+                else batch_spec(ndim, self.mesh),  # [b/data, ..., r]
                 P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
             ),
-            out_specs=activation_spec(ndim),  # [b/data, ..., c_out/n]
+            out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
         )(self.values, kernel)
 
     def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
@@ -103,7 +105,10 @@ def recording() -> Iterator[list[tuple[Any, Array]]]:
 
 
 def note(module: Any, value: Array) -> None:
-    """Tells whoever is :func:`recording` that ``module`` moved, or computed, ``value``."""
+    """Tells whoever is :func:`recording` that ``module`` moved, or computed, ``value``.
+
+    The same value through the same exchange is one event: the compiler merges such exchanges.
+    """
     events = _events.get()
-    if events is not None:
+    if events is not None and not any(m is module and v is value for m, v in events):
         events.append((module, value))

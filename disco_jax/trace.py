@@ -62,7 +62,7 @@ def name_exchanges(model: nnx.Module) -> None:
             module.name = path
     for path, layers in readers(model).items():
         for _, layer in layers:
-            layer.kernel.set_metadata(exchange=path, nodes=layer.mesh.nodes)
+            layer.kernel.set_metadata(exchange=path, mesh=layer.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,10 +67,13 @@ def test_modes_go_on_from_the_workdir(workdir, mode, says):
 
 WRONG = {
     "no_config": ((), r"`--config` is missing; pass one, such as --config=configs/resnet50.py"),
-    "missing_file": (("--config=configs/nothing.py",), r"`--config` cannot be used: .*nothing.py"),
+    "missing_file": (
+        ("--config=configs/nothing.py",),
+        r"`command line`: .*configs/nothing.py.*No such file",
+    ),
     "unknown_variant": (
         ("--config=configs/resnet50.py:imagnet",),
-        r"`--config` cannot be used: variant 'imagnet' must be one of digits, smoke, imagenet",
+        r"`command line`: variant 'imagnet' must be one of digits, smoke, imagenet",
     ),
     "unknown_field": ((SMOKE, "--config.nodse=4"), r"nodse"),
     "wrong_type": ((SMOKE, "--config.nodes=two"), r"config.nodes.*two"),

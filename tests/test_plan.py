@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import close, random_mask, random_masks
 
 import disco_jax as dj
+from disco_jax.partition import owned
 from disco_jax.plan import CommunicationPlan, collectives
 from disco_jax.plan.freeze import plan_hops, readable_channels
 from disco_jax.plan.hlo import Collective
@@ -126,7 +127,7 @@ def test_everything_else_is_local(nodes):
 
 
 class Shared(nnx.Module):
-    """Three readers of one tensor; one of them forgets to share."""
+    """Two readers of one tensor."""
 
     def __init__(self, mesh):
         self.exchange = dj.Exchange(8, mesh=mesh)
@@ -138,20 +139,30 @@ class Shared(nnx.Module):
         return self.a(readable) + self.b(readable)
 
 
-class Twice(Shared):
+class Reread(Shared):
+    """Each layer reads the tensor by itself; it is one tensor all the same."""
+
     def __call__(self, x):
         return self.a(x) + self.b(x)
+
+
+class Twice(Shared):
+    """Two tensors through one exchange."""
+
+    def __call__(self, x):
+        return self.a(x) + self.b(2 * x)
 
 
 def test_shared_exchange_is_paid_once():
     mesh = dj.NodeMesh(2, emulate=False)
     x = jnp.ones((1, 5, 8))
-    once, twice = (dj.freeze(kind(mesh), x) for kind in (Shared, Twice))
+    once, reread, twice = (dj.freeze(kind(mesh), x) for kind in (Shared, Reread, Twice))
     assert len(dj.verify(once, x)) == 1
     assert once.plan.exchanges[0].consumers == ("a", "b")
+    assert len(dj.verify(reread, x)) == 1
     assert len(dj.verify(twice, x)) == 2
     assert twice.plan.traffic_bytes == 2 * once.plan.traffic_bytes
-    close(once(x), twice(x), 1e-6)
+    close(once(x), reread(x), 1e-6)
 
 
 def test_verify_finds_a_collective_that_the_plan_lacks():
@@ -195,7 +206,7 @@ def test_plan_round_trips_and_prints():
 
 
 def test_readable_channels_follow_the_mask():
-    mask = np.asarray(random_mask(dj.Exchange(12, mesh=dj.NodeMesh(4)), 0.4))
+    mask = np.asarray(random_mask(dj.Exchange(12, mesh=dj.NodeMesh(4)), 0.4)) | owned(12, 4)
     readable = readable_channels(plan_hops(mask), 4, 12)
     for row, wanted in zip(readable, mask, strict=True):
         assert sorted(c for c in row if c >= 0) == np.flatnonzero(wanted).tolist()
@@ -216,6 +227,9 @@ class TestHlo:
         ),
         "%r = (f32[], f32[3]{0}) all-reduce(%a, %b), replica_groups=[1,4]<=[4]": Collective(
             "all-reduce", 16, 12, 192
+        ),
+        "%m = f32[4] all-reduce(%a), replica_groups=mesh['x'=3,'y'=2] {'y'}, to_apply=%f": (
+            Collective("all-reduce", 16, 6, 96)
         ),
     }
 

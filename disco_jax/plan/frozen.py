@@ -36,12 +36,12 @@ class Program:
 
     def __call__(self, images: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
         check_batch(images, self.mesh)
-        return self._jit(self._leaves, self.mesh.put(images, *batch_spec(images.ndim)))
+        return self._jit(self._leaves, self.mesh.put(images, *batch_spec(images.ndim, self.mesh)))
 
     def lower(self, images: Images) -> jax.stages.Lowered:
         """The program for images of this shape, as JAX lowers it."""
         check_batch(images, self.mesh)
-        sharding = self.mesh.sharding(*batch_spec(len(images.shape)))
+        sharding = self.mesh.sharding(*batch_spec(len(images.shape), self.mesh))
         spec = jax.ShapeDtypeStruct(images.shape, images.dtype, sharding=sharding)
         return self._jit.lower(self._leaves, spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -69,6 +70,11 @@ def _groups(line: str) -> tuple[int, int]:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return int(iota.group(1)), int(iota.group(2))
+    named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", line)
+    if named:
+        sizes = {k: int(v) for k, v in re.findall(r"('\w+')=(\d+)", named.group(1))}
+        members = math.prod(sizes[axis] for axis in re.findall(r"'\w+'", named.group(2)))
+        return math.prod(sizes.values()) // members, members
     listed = re.search(r"replica_groups=\{(.*?)\}\}", line)
     groups = listed.group(1).split("},") if listed else [""]
     return len(groups), groups[0].count(",") + 1

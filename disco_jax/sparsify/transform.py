@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from disco_jax.errors import require
+from disco_jax.mesh import NodeMesh
 from disco_jax.sparsify.budget import uniform
 from disco_jax.sparsify.schedules import SCHEDULES
 from disco_jax.sparsify.scores import SCORES
@@ -19,6 +20,7 @@ from disco_jax.trace import exchanges, readers
 
 Masks = dict[str, Bool[Array, "node channel"]]
 Kernels = dict[str, list[Array]]
+Scores = dict[str, Float[Array, "node channel"]]
 Readers = tuple[tuple[str, str], ...]
 
 
@@ -32,7 +34,7 @@ class SparseExchangeState:
     inner: optax.OptState  # of the wrapped optimiser
     # Static, because an optimiser is given bare arrays when it updates:
     readers: Readers = dataclasses.field(metadata={"static": True})  # (parameter, exchange)
-    nodes: int = dataclasses.field(metadata={"static": True})
+    mesh: NodeMesh = dataclasses.field(metadata={"static": True})
 
 
 def sparse_exchange(
@@ -73,15 +75,16 @@ def sparse_exchange(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SparseExchangeState:
-        readers, nodes = kernel_readers(params)
+        readers, mesh = kernel_readers(params)
         require(
-            bool(readers),
+            mesh is not None,
             "`params` hold no kernel that names its exchange; pass nnx.state(model, nnx.Param) of "
             "a model from models.create, or call disco_jax.name_exchanges(model) first",
         )
-        masks = choose_masks(group_kernels(params, readers), nodes, 1.0, score)
+        assert mesh is not None
+        masks = choose_masks(score_kernels(params, readers, mesh, score), 1.0)
         step = jnp.zeros((), jnp.int32)
-        return SparseExchangeState(step, masks, inner.init(params), readers, nodes)
+        return SparseExchangeState(step, masks, inner.init(params), readers, mesh)
 
     def update(
         grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
@@ -96,9 +99,9 @@ def sparse_exchange(
         due = ((step % every == 0) & (step < steps)) | (step == steps)
         masks = jax.lax.cond(
             due,
-            lambda kernels, _: choose_masks(kernels, state.nodes, density_at(step), score),
+            lambda scores, _: choose_masks(scores, density_at(step)),
             lambda _, masks: masks,
-            group_kernels(params, state.readers),
+            score_kernels(params, state.readers, state.mesh, score),
             state.masks,
         )
         after = dataclasses.replace(state, step=step + 1, masks=masks, inner=inner_state)
@@ -107,13 +110,13 @@ def sparse_exchange(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kernel_readers(params: Any) -> tuple[Readers, int]:
-    """(parameter, exchange) of every kernel whose metadata names one, and the number of nodes."""
+def kernel_readers(params: Any) -> tuple[Readers, NodeMesh | None]:
+    """(parameter, exchange) of every kernel whose metadata names one, and the mesh."""
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
     data = [(_name(path), v.get_metadata()) for path, v in leaves if _is_variable(v)]
     named = [(name, metadata) for name, metadata in data if "exchange" in metadata]
-    nodes = named[0][1]["nodes"] if named else 1
-    return tuple((name, metadata["exchange"]) for name, metadata in named), nodes
+    mesh = named[0][1]["mesh"] if named else None
+    return tuple((name, metadata["exchange"]) for name, metadata in named), mesh
 
 
 def group_kernels(params: Any, readers: Readers) -> Kernels:
@@ -134,12 +137,22 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def choose_masks(kernels: Kernels, nodes: int, density: float | Array, score: str) -> Masks:
-    """Scores all pairs by the kernels that read them and keeps the best of every exchange.
+def score_kernels(params: Any, readers: Readers, mesh: NodeMesh, score: str) -> Scores:
+    """Scores of all exchanges, whole on every device.
+
+    They are computed at every update, outside the condition that chooses masks: devices that
+    wait for each other inside a condition, while others outside do, can wait for ever.
+    """
+    kernels = group_kernels(params, readers)
+    return mesh.replicate({p: SCORES[score](group, mesh.nodes) for p, group in kernels.items()})
+
+
+def choose_masks(scores: Scores, density: float | Array) -> Masks:
+    """Keeps the best pairs of every exchange.
 
     Rows of dead channels are zero in every kernel, so that they are the last to be kept.
     """
-    return {path: uniform(SCORES[score](group, nodes), density) for path, group in kernels.items()}
+    return {path: uniform(s, density) for path, s in scores.items()}
 
 
 def apply_masks(model: nnx.Module, state: Any) -> None:

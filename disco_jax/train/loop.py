@@ -55,7 +55,7 @@ class Phase:
 
 def put_batch(batch: dict[str, Any], mesh: NodeMesh) -> dict[str, jax.Array]:
     """Splits a batch over the data axis; every node gets all channels."""
-    return {k: mesh.put(v, *batch_spec(v.ndim)) for k, v in batch.items()}
+    return {k: mesh.put(v, *batch_spec(v.ndim, mesh)) for k, v in batch.items()}
 
 
 def fit(
