@@ -7,16 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
 from disco_jax.errors import require
 from disco_jax.exchange import Reader
-from disco_jax.layers.weights import distribute_weights, reader
+from disco_jax.layers.weights import apply_weights, distribute_weights, reader
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import padded
-from disco_jax.readable import Readable, note
+from disco_jax.readable import Readable
 
 Window = int | Sequence[int]
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -89,12 +88,7 @@ class Conv(nnx.Conv):
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b *s c_in"] | Readable
     ) -> Float[Array, "b *s c_out"]:
-        readable = inputs if isinstance(inputs, Readable) else self.exchange(inputs)
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote_dtype((readable.values, self.kernel[...], bias), dtype=self.dtype)
-        y = readable.replace(x).apply(self._convolve, kernel)
-        note(self, y)
-        return y if bias is None else y + bias
+        return apply_weights(self, inputs, self._convolve)
 
     def _convolve(
         self, x: Float[Array, "b *s r"], kernel: Float[Array, "*k r_per_group o"]

@@ -6,14 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from disco_jax.exchange import Reader
-from disco_jax.layers.weights import distribute_weights, reader
+from disco_jax.layers.weights import apply_weights, distribute_weights, reader
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import padded
-from disco_jax.readable import Readable, note
+from disco_jax.readable import Readable
 
 
 class Dense(nnx.Linear):
@@ -54,12 +53,7 @@ class Dense(nnx.Linear):
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b ... c_in"] | Readable
     ) -> Float[Array, "b ... c_out"]:
-        readable = inputs if isinstance(inputs, Readable) else self.exchange(inputs)
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = promote_dtype((readable.values, self.kernel[...], bias), dtype=self.dtype)
-        y = readable.replace(x).apply(self._multiply, kernel)
-        note(self, y)
-        return y if bias is None else y + bias
+        return apply_weights(self, inputs, self._multiply)
 
     def _multiply(
         self, x: Float[Array, "b ... r"], kernel: Float[Array, "r o"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange, Local, Reader
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import pad_axis
+from disco_jax.readable import Operation, Readable, note
 
 
 def reader(
@@ -50,6 +52,18 @@ def distribute_weights(layer: Any, c_in: int, c_out: int) -> None:
     layer.kernel.set_value(layer.mesh.put(kernel, *[None] * (kernel.ndim - 1), NODE))
     if layer.bias is not None:
         layer.bias.set_value(split_channels(layer.bias[...], c_out, layer.mesh))
+
+
+def apply_weights(
+    layer: Any, inputs: Float[Array, "b ... c_in"] | Readable, op: Operation
+) -> Float[Array, "b ... c_out"]:
+    """Exchange (unless ``inputs`` were exchanged already), local operation, bias."""
+    readable = inputs if isinstance(inputs, Readable) else layer.exchange(inputs)
+    bias = None if layer.bias is None else layer.bias[...]
+    x, kernel, bias = promote_dtype((readable.values, layer.kernel[...], bias), dtype=layer.dtype)
+    y = readable.replace(x).apply(op, kernel)
+    note(layer, y)
+    return y if bias is None else y + bias
 
 
 def split_channels(

@@ -51,8 +51,8 @@ def random(
 
     Constant for one shape and seed, so that a mask does not change while its density falls.
     """
-    shape = (nodes, kernels[0].shape[-2])
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), hash(shape) % 2**31), shape)
+    channels = kernels[0].shape[-2]
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), channels), (nodes, channels))
 
 
 SCORES: dict[str, Score] = {"l1": l1, "l2": l2, "random": random}

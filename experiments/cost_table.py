@@ -1,0 +1,72 @@
+"""What density 0.2 costs against the dense split and one node: ResNet-50, 224x224.
+
+    python experiments/cost_table.py [--model=resnet50] [--size=224] [--density=0.2]
+
+Traffic is in bytes per example over all links (float32), multiplications and weights are one
+node's; everything comes from traced shapes and the frozen plan, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import disco_jax as dj
+
+
+def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
+    mesh = dj.NodeMesh(nodes, emulate=True)
+    model = dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0))
+    dj.sparsify.prune(model, density)
+    plan = dj.freeze(model, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)).plan
+    weights, macs = plan.single_node_weight_bytes, plan.single_node_macs
+    return {
+        "nodes": nodes,
+        "density": density,
+        "exchanges": plan.collectives,
+        "traffic_bytes": plan.traffic_bytes,
+        "dense_traffic_bytes": plan.dense_traffic_bytes,
+        "traffic_saving": plan.dense_traffic_bytes / max(plan.traffic_bytes, 1),
+        "macs_per_node": plan.macs_per_node,
+        "total_macs_share": plan.macs_per_node * nodes / macs,
+        "weight_bytes_per_node": plan.weight_bytes_per_node,
+        "weight_share": plan.weight_bytes_per_node / weights,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [row(args.model, nodes, args.density, args.size) for nodes in args.nodes]
+    table = Table(title=f"{args.model}, {args.size}x{args.size}, density {args.density}")
+    for heading in ("nodes", "traffic MB", "dense MB", "saving", "total MACs", "weights/node"):
+        table.add_column(heading, justify="right")
+    for r in rows:
+        table.add_row(
+            str(r["nodes"]),
+            f"{r['traffic_bytes'] / 1e6:.2f}",
+            f"{r['dense_traffic_bytes'] / 1e6:.2f}",
+            f"{r['traffic_saving']:.2f}x",
+            f"{r['total_macs_share']:.3f}",
+            f"{r['weight_share']:.3f}",
+        )
+    Console(width=100).print(table)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
