@@ -65,7 +65,7 @@ class Replicated(Reader):
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
-        return Readable(x, self.mesh, split=False)
+        return Readable(x, self.mesh, split=False, source=id(self))
 
 
 class Local(Reader):
@@ -73,7 +73,7 @@ class Local(Reader):
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
-        return Readable(x, self.mesh)
+        return Readable(x, self.mesh, source=id(self))
 
 
 class Exchange(Reader):
@@ -93,7 +93,7 @@ class Exchange(Reader):
         return owned(self.channels, self.mesh.nodes) | alive
 
     def set_mask(self, mask: Bool[Array, "n c"]) -> None:
-        """Replaces the mask; own channels stay readable.
+        """Replaces the mask; own channels stay readable, dead ones are never sent.
 
         Raises:
           DiscoError: if the shape is not ``[nodes, channels]`` or the entries are not boolean.
@@ -110,16 +110,17 @@ class Exchange(Reader):
             f"`mask`{where} has dtype {jnp.asarray(mask).dtype}, but must be bool; "
             "pass mask.astype(bool)",
         )
-        self.mask.set_value(jnp.asarray(mask) | owned(self.channels, self.mesh.nodes))
+        own = owned(self.channels, self.mesh.nodes)
+        self.mask.set_value(jnp.asarray(mask) & self.full_mask() | own)
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
         note(self, x)
         mask = self.mask[...]
         if self.mesh.nodes == 1:
-            return Readable(x, self.mesh)
+            return Readable(x, self.mesh, source=id(self))
         if not self.mesh.distributed:
-            return Readable(x, self.mesh, mask=mask, split=False)
+            return Readable(x, self.mesh, mask=mask, split=False, source=id(self))
         spec = activation_spec(x.ndim, self.mesh)
         values = jax.shard_map(
             lambda x, mask: (
@@ -129,4 +130,4 @@ class Exchange(Reader):
             in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1, c]
             out_specs=spec,  # [b/data, ..., c]
         )(x, mask)
-        return Readable(values, self.mesh)
+        return Readable(values, self.mesh, source=id(self))

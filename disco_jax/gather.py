@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from disco_jax import wire
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, padded
 from disco_jax.readable import note
@@ -46,7 +49,7 @@ class Gather(AllGather):
             return x[..., : self.features]
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
-            lambda x: lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True)[..., : self.features],
+            lambda x: _all_gather(x, axis=x.ndim - 1, tiled=True)[..., : self.features],
             mesh=self.mesh.jax_mesh,
             in_specs=spec,  # [b/data, ..., padded/n]
             out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
@@ -68,7 +71,8 @@ class Statistics(AllGather):
     def __call__(
         self, x: Float[Array, "b ... c"]
     ) -> tuple[Float[Array, "b ... 1"], Float[Array, "b ... 1"]]:
-        """Returns mean and variance; dead channels (zeros at the end) do not count."""
+        """Returns mean and variance in float32 at least; dead channels do not count."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.mesh.nodes == 1:
             return x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
         note(self, x)
@@ -81,13 +85,19 @@ class Statistics(AllGather):
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
             lambda x, count: _merge(
-                jnp.moveaxis(lax.all_gather(_moments(x, count[0]), NODE), 0, -2), counts
+                jnp.moveaxis(_all_gather(_moments(x, count[0])), 0, -2), counts
             ),
             mesh=self.mesh.jax_mesh,
             in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1]
             out_specs=P(*spec[:-1]),  # [b/data, ..., 1] twice, the same on every node
             check_vma=False,
         )(x, counts)
+
+
+def _all_gather(x: Array, **kwargs: Any) -> Array:
+    """``lax.all_gather`` over the nodes, in as many bytes as the dtype says."""
+    dtype = str(x.dtype)
+    return wire.decode(lax.all_gather(wire.encode(x, dtype), NODE, **kwargs), dtype, x.dtype)
 
 
 def _moments(x: Array, count: Array | np.ndarray) -> Array:

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import models, plan, sparsify
+from disco_jax import models, plan, sparsify, wire
 from disco_jax import report as reports
 from disco_jax.data import sources
 from disco_jax.data.pipeline import Preprocess, training_batches
@@ -51,10 +51,6 @@ class Job:
         stats = (data.size, data.mean, data.std)
         self.train_preprocess = _preprocess(data.train_transforms, *stats)
         self.eval_preprocess = _preprocess(data.eval_transforms, *stats)
-        self.architecture = {
-            "model": {**config.model.to_dict(), "num_classes": self.train_set.num_classes},
-            "nodes": config.nodes,
-        }
         self.model = models.create(
             config.model.name,
             mesh=self.mesh,
@@ -65,14 +61,30 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
-        self.seconds: dict[str, float] = {}
+        self.phase("dense"), self.phase("sparse")  # what is wrong there is said now
+        for split in sources.SPLITS:
+            sources.load(data.source, split)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Measures the wall time of a stage."""
-        start = time.perf_counter()
+        """Adds to the wall time of a stage, which may take several runs."""
+        start, path = time.perf_counter(), self.workdir / "seconds.json"
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+        before = self.seconds().get(name, 0) if name.startswith("train") else 0
+        now = {**self.seconds(), name: round(before + time.perf_counter() - start, 2)}
+        path.write_text(json.dumps(now))
+
+    def seconds(self) -> dict[str, float]:
+        """Wall times so far."""
+        path = self.workdir / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def settings(self, phase: str) -> dict[str, Any]:
+        """All of the config that determines what comes out of a phase."""
+        free = {"name", "emulate", "wire_dtype", "checkpoint", "eval_batch_size"}
+        free |= {"sparse"} if phase == "dense" else set()
+        chosen = {k: v for k, v in self.config.to_dict().items() if k not in free}
+        return json.loads(json.dumps(chosen))  # as a checkpoint gives it back
 
     def phase(self, name: str) -> Phase:
         """The dense or the sparse phase of the config."""
@@ -91,7 +103,7 @@ class Job:
             tx = sparsify.sparse_exchange(
                 tx,
                 density=schedule.density,
-                steps=round(schedule.mask_share * updates),
+                steps=min(round(schedule.mask_share * updates), updates - 1),
                 score=schedule.score,
                 schedule=schedule.schedule,
                 every=schedule.every,
@@ -108,7 +120,8 @@ class Job:
             keep=config.checkpoint.keep,
             label_smoothing=config.optimizer.label_smoothing,
             ema_decay=config.optimizer.ema_decay,
-            architecture=self.architecture,
+            accumulate=micro,
+            settings=self.settings(name),
         )
 
     def train(self, name: str) -> None:
@@ -146,7 +159,7 @@ class Job:
         phase = self.phase(name)
         like = TrainState.create(self.model, phase.tx, mesh=self.mesh, ema=phase.ema_decay > 0)
         checkpoints = Checkpoints(self.workdir / "checkpoints" / name, keep=phase.keep)
-        state, _ = checkpoints.restore(like, architecture=self.architecture)
+        state, _ = checkpoints.restore(like, settings=phase.settings)
         checkpoints.close()
         state.write_to(self.model)
 
@@ -184,7 +197,7 @@ class Job:
             name=self.config.name,
             mesh=repr(self.mesh),
             accuracy=accuracy,
-            seconds=self.seconds,
+            seconds=self.seconds(),
         )
         reports.write(content, self.workdir)
         reports.show(content)
@@ -215,7 +228,7 @@ class Job:
             accuracy = self.test(frozen)
         console.print(
             f"packed on {frozen.mesh}: test accuracy {100 * accuracy:.2f} % in "
-            f"{self.seconds['infer']} s"
+            f"{self.seconds()['infer']} s"
         )
 
 
@@ -232,7 +245,12 @@ def print_report(workdir: Path) -> None:
         raise DiscoError(
             f"`{path}` is not JSON ({error}); run --mode=all there to write it again"
         ) from None
-    reports.write(content, workdir)
+    try:
+        reports.write(content, workdir)
+    except (KeyError, TypeError) as error:
+        raise DiscoError(
+            f"`{path}` lacks {error}; run --mode=all there to write it again"
+        ) from None
     reports.show(content)
 
 
@@ -255,6 +273,22 @@ def check(config: ConfigDict) -> None:
             config[name].epochs > 0,
             f"`{name}.epochs` (={config[name].epochs}) must be positive; 0.1 is a tenth of one",
         )
+    require(
+        config.max_steps >= 0,
+        f"`max_steps` (={config.max_steps}) must be 0 (all that the epochs take) or more",
+    )
+    require(
+        0 <= config.sparse.mask_share < 1,
+        f"`sparse.mask_share` (={config.sparse.mask_share}) must be at least 0 and below 1: the "
+        "share of the updates after which the masks are final; choose one, such as 0.5",
+    )
+    require(
+        config.eval_batch_size % config.data_parallel == 0,
+        f"`eval_batch_size` (={config.eval_batch_size}) must be divisible by `data_parallel` "
+        f"(={config.data_parallel}); choose a multiple",
+    )
+    if config.wire_dtype is not None:
+        wire.check_wire_dtype(config.wire_dtype)
     sparsify.check_choice(config.sparse.density, config.sparse.score)
     require(
         len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),

@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> None:
     try:
         rest = FLAGS(argv)[1:]
         name = FLAGS.config and FLAGS.config.name  # a file that does not load fails here
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # a config file can raise anything
         raise DiscoError(f"`command line`: {_reason(error)}; see --help and the config") from None
     if rest:
         raise DiscoError(f"`{rest[0]}` is not a flag; write --name=value, and see --help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,14 +62,22 @@ class NodeMesh:
                 whole and value >= 1,
                 f"`{name}` (={value!r}) must be a positive integer; pass {name}=1 for no split",
             )
+        too_late = False
         if devices is None:
             if not emulate:
-                _fake_cpu_devices(nodes * data)
+                too_late = not _fake_cpu_devices(nodes * data)
             devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
         if emulate is None:
             emulate = len(devices) < nodes * data
             if emulate and nodes > 1:
                 log.info("%d devices are fewer than %d nodes: emulating", len(devices), nodes)
+            if emulate and too_late:
+                warnings.warn(
+                    f"JAX started with {len(devices)} CPU device(s) before this NodeMesh could "
+                    f"ask for {nodes * data}, so that one plays all nodes; "
+                    + _remedy(nodes * data),
+                    stacklevel=2,
+                )
         present = 1 if emulate else nodes
         _require_devices(len(devices), nodes, data, present)
         grid = np.asarray(devices[: data * present]).reshape(data, present)
@@ -104,8 +113,15 @@ class NodeMesh:
         return f"NodeMesh(nodes={self.nodes}, data={self.data}, {where})"
 
 
-def _fake_cpu_devices(count: int) -> None:
-    """Asks for ``count`` CPU devices where nobody chose a number and it is not too late."""
+def _remedy(count: int) -> str:
+    return (
+        f"set JAX_NUM_CPU_DEVICES={count} before Python starts, or create the NodeMesh before the "
+        "first JAX computation"
+    )
+
+
+def _fake_cpu_devices(count: int) -> bool:
+    """Asks for ``count`` CPU devices where nobody chose a number; False if it is too late."""
     config: Any = jax.config
     chosen = (
         "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -113,21 +129,19 @@ def _fake_cpu_devices(count: int) -> None:
         or config.jax_num_cpu_devices > 0
     )
     if chosen or count == 1:
-        return
+        return True
     try:
         config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # JAX is already running with the devices it has
-        log.debug("too late to ask for %d CPU devices", count)
+        return jax.default_backend() != "cpu"
+    return True
 
 
 def _require_devices(found: int, nodes: int, data: int, present: int) -> None:
     if found >= data * present:
         return
     needed = data * present
-    remedy = (
-        f"set JAX_NUM_CPU_DEVICES={needed} before Python starts, or create the NodeMesh before "
-        "the first JAX computation"
-    )
+    remedy = _remedy(needed)
     if nodes > 1 and present > 1:
         remedy += ", or pass emulate=True to play all nodes on one device"
     raise DiscoError(

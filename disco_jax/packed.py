@@ -82,7 +82,7 @@ class PackedExchange(Reader):
         note(self, x)
         if self.hops:
             x = self._permute(x) if self.mesh.distributed else self._take(x)
-        return Readable(x, self.mesh, packed=True)
+        return Readable(x, self.mesh, packed=True, source=id(self))
 
     def _permute(self, x: Array) -> Array:
         spec = activation_spec(x.ndim, self.mesh)

@@ -97,7 +97,11 @@ def per_node(
     """
     for x in xs:
         check_batch(x, mesh)
-        padded(x.shape[-1], mesh.nodes, pad=False, name="channels of the input")
+        require(
+            x.shape[-1] % mesh.nodes == 0,
+            f"`channels of the input` (={x.shape[-1]}) must be divisible by `nodes` "
+            f"(={mesh.nodes}); give the layer before a multiple of {mesh.nodes}, or pad its output",
+        )
     if mesh.nodes == 1:
         return fn(*xs)
     if mesh.distributed:

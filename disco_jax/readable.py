@@ -31,6 +31,7 @@ class Readable:
       mask: ``[n, r]``, which of the shared ``values`` each node reads; None reads all.
       split: whether ``values`` holds a block for each node.
       packed: whether the kernels that read this have a leading node axis ``[n, ..., r, o]``.
+      source: identity of the exchange that made it; its mask is the one that counts.
     """
 
     values: Float[Array, "b ... c"]
@@ -38,6 +39,7 @@ class Readable:
     mask: Bool[Array, "n r"] | None = None
     split: bool = dataclasses.field(default=True, metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    source: int = dataclasses.field(default=0, metadata={"static": True})
 
     def replace(self, values: Float[Array, "b ... c"]) -> Readable:
         """The same with other ``values`` (another dtype, say)."""

@@ -67,9 +67,10 @@ def _row(plan: CommunicationPlan, path: str) -> dict[str, Any]:
         "traffic_bytes": sum(e.traffic_bytes(plan.nodes) for e in moved),
         "dense_traffic_bytes": sum(e.dense_traffic_bytes(plan.nodes) for e in moved),
         "macs_per_node": sum(layer.macs for layer in layers),
-        "dense_macs_per_node": sum(layer.dense_macs for layer in layers),
+        "dense_macs_per_node": sum(layer.single_node_macs for layer in layers) // plan.nodes,
         "weight_bytes_per_node": sum(layer.weight_bytes for layer in layers),
-        "dense_weight_bytes_per_node": sum(layer.dense_weight_bytes for layer in layers),
+        "dense_weight_bytes_per_node": sum(layer.single_node_weight_bytes for layer in layers)
+        // plan.nodes,
     }
 
 
@@ -111,9 +112,9 @@ def _ratio(value: int, dense: int) -> str:
 
 def write(content: dict[str, Any], workdir: Path) -> None:
     """Writes ``report.json``, ``report.html`` and ``traffic.png``."""
-    (workdir / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     plot(content, workdir / "traffic.png")
     (workdir / "report.html").write_text(_page(content))
+    (workdir / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -121,15 +122,19 @@ def plot(content: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [r for r in content["exchanges"] if r["dense_traffic_bytes"]]
-    figure = Figure(figsize=(9, 1.5 + 0.18 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(6, 1.5 + 0.17 * len(rows)), 3.6), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
-    axes.barh(places, [r["dense_traffic_bytes"] / 1e3 for r in rows], color="0.85", label="dense")
-    axes.barh(places, [r["traffic_bytes"] / 1e3 for r in rows], color="C0", label="packed")
-    axes.set_yticks(places, [r["exchange"] for r in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("kB per example, all links")
-    axes.set_title(f"{content['name']}: traffic of each exchange, {content['nodes']} nodes")
+    dense = [r["dense_traffic_bytes"] / 1e3 for r in rows]
+    packed = [r["traffic_bytes"] / 1e3 for r in rows]
+    axes.bar(places, dense, color="0.85", label=f"dense split: {sum(dense):,.0f} kB")
+    axes.bar(places, packed, color="C0", label=f"packed: {sum(packed):,.0f} kB")
+    names = [r["exchange"].removesuffix(".exchange") for r in rows]
+    axes.set_xticks(places, names, fontsize=6, rotation=90)
+    axes.margins(x=0.01)
+    axes.set_ylabel("kB per example, all links")
+    accuracy = ", ".join(f"{k} {100 * v:.1f} %" for k, v in content["accuracy"].items())
+    axes.set_title(f"{content['name']}, {content['nodes']} nodes; accuracy: {accuracy}", fontsize=9)
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -62,7 +62,9 @@ def name_exchanges(model: nnx.Module) -> None:
             module.name = path
     for path, layers in readers(model).items():
         for _, layer in layers:
-            layer.kernel.set_metadata(exchange=path, mesh=layer.mesh)
+            layer.kernel.set_metadata(
+                exchange=path, node_mesh=layer.mesh, features=layer.exchange.features
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,11 @@ class LayerRecord:
     exchange: str
     output: tuple[int, ...]
     macs: int
+
+    @property
+    def positions(self) -> int:
+        """Pixels or tokens of the output per example."""
+        return math.prod(self.output[1:-1])
 
 
 @dataclasses.dataclass(frozen=True)

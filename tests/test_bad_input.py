@@ -81,7 +81,7 @@ LIBRARY = {
     ),
     "weight_mask": (
         lambda: conv(mask=jnp.ones((3, 3, 4, 4))),
-        r"`mask` of flax.nnx.Conv is not supported; set the mask of the layer's `exchange`",
+        r"`mask` of flax.nnx.Conv is not supported by the split layer; remove it",
     ),
     "input_channels": (
         lambda: conv()(zeros(1, 8, 8, 6)),
@@ -112,6 +112,30 @@ LIBRARY = {
         lambda: dj.layers.GroupNorm(6, 3, mesh=mesh(), rngs=R),
         r"`num_groups` \(=3\) must be divisible by `nodes` \(=2\).*another number",
     ),
+    "local_norm": (
+        lambda: dj.layers.LayerNorm(5, mesh=mesh(), scope="node", pad=True, rngs=R),
+        r"`num_features` \(=5\) must be divisible by `nodes` \(=2\) with scope='node'",
+    ),
+    "norm_axes": (
+        lambda: dj.layers.LayerNorm(4, mesh=mesh(), reduction_axes=(1, 2), rngs=R),
+        r"`reduction_axes` of flax.nnx.LayerNorm is not supported",
+    ),
+    "no_groups": (
+        lambda: dj.layers.GroupNorm(8, 0, mesh=mesh(), rngs=R),
+        r"`num_groups` \(=0\) must be divisible.*another number",
+    ),
+    "concat": (
+        lambda: dj.layers.concat([zeros(1, 4, 3)], mesh=mesh()),
+        r"`channels of the input` \(=3\) must be divisible by `nodes` \(=2\); give the layer",
+    ),
+    "grouped_exchange": (
+        lambda: Conv(4, 8, 3, feature_group_count=2, exchange=dj.Exchange(4, mesh=mesh()), rngs=R),
+        r"`feature_group_count` \(=2\) needs an exchange that moves nothing, not Exchange",
+    ),
+    "foreign_readable": (
+        lambda: Dense(4, 4, mesh=mesh(), rngs=R)(dj.Exchange(4, mesh=mesh())(zeros(1, 4))),
+        r"`inputs` of Dense\(in_features=4\) come from an exchange that is not the layer's own",
+    ),
     "sections": (
         lambda: dj.layers.split(zeros(1, 4, 6), 2, mesh=mesh()),
         r"`sections` \(=2\) must divide.*\(=3, of 6 on 2 nodes\)",
@@ -139,6 +163,14 @@ LIBRARY = {
     "score": (
         lambda: dj.sparsify.prune(conv(), 0.5, "l3"),
         r"`score` \(='l3'\) must be one of l1, l2, random",
+    ),
+    "score_option": (
+        lambda: dj.sparsify.prune(conv(), 0.5, scroe="random"),
+        r"`score` 'l2' does not take \['scroe'\]; it takes nothing",
+    ),
+    "nothing_to_prune": (
+        lambda: dj.sparsify.prune(nnx.Linear(2, 2, rngs=R), 0.5),
+        r"`model` \(=Linear\) has no masked exchange",
     ),
     "schedule": (
         lambda: transform(schedule="cosine"),
@@ -276,6 +308,15 @@ def damaged_gzip(folder):
     return lambda: sources.load(f"idx:{folder}", "train")
 
 
+def cut_header(folder):
+    (folder / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0]))
+    return lambda: sources.load(f"idx:{folder}", "train")
+
+
+def too_few(folder):
+    return idx_folder(folder, IMAGES[:5], LABELS[:5])
+
+
 def not_idx(folder):
     (folder / "train-images-idx3-ubyte").write_bytes(b"PNG or so")
     return lambda: sources.load(f"idx:{folder}", "train")
@@ -316,6 +357,8 @@ FILES = {
         lambda d: idx_folder(d, IMAGES[:10], LABELS, claimed=IMAGES.shape),
         r"holds 176 bytes, but its header says shape \(20, 4, 4\), which takes 336; .*truncated",
     ),
+    "cut_header": (cut_header, r"ends within its header \(6 of 16 bytes\); .*fetch it again"),
+    "too_few_images": (too_few, r"`data.source` has 5 training images, but needs at least 10"),
     "unequal_idx": (
         lambda d: idx_folder(d, IMAGES, LABELS[:7]),
         r"images of shape \(20, 4, 4\) and labels of shape \(7,\).*replace the files",
@@ -340,7 +383,7 @@ def test_files(case, tmp_path):
 
 
 class TestCheckpoint:
-    architecture = {"model": {"name": "dense"}, "nodes": 2}  # noqa: RUF012
+    settings = {"model": {"name": "dense", "width": 8}, "nodes": 2}  # noqa: RUF012
 
     def state(self):
         layer = Dense(4, 4, mesh=mesh(), rngs=nnx.Rngs(0))
@@ -348,24 +391,25 @@ class TestCheckpoint:
 
     def test_none(self, tmp_path):
         with pytest.raises(dj.DiscoError, match=r"no checkpoint in .*train first \(--mode=train"):
-            Checkpoints(tmp_path).restore(self.state(), architecture=self.architecture)
+            Checkpoints(tmp_path).restore(self.state(), settings=self.settings)
 
     def test_other_architecture(self, tmp_path):
         checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(self.state(), data={}, architecture=self.architecture)
-        message = r"`nodes` \(=4\) differs from the checkpoint's \(=2\).*another --workdir"
+        checkpoints.save(self.state(), data={}, settings=self.settings)
+        message = r"`model.width` \(=4\) differs from the checkpoint's \(=8\).*another --workdir"
+        other = {"model": {"name": "dense", "width": 4}, "nodes": 2}
         with pytest.raises(dj.DiscoError, match=message):
-            checkpoints.restore(self.state(), architecture={**self.architecture, "nodes": 4})
+            checkpoints.restore(self.state(), settings=other)
 
     def test_damaged(self, tmp_path):
         checkpoints = Checkpoints(tmp_path)
-        checkpoints.save(self.state(), data={}, architecture=self.architecture)
+        checkpoints.save(self.state(), data={}, settings=self.settings)
         checkpoints.close()
         for path in (tmp_path / "0" / "state").rglob("*"):
             if path.is_file():
                 path.write_bytes(b"")
         with pytest.raises(dj.DiscoError, match=r"`checkpoint` 0 in .* cannot be read .*delete"):
-            Checkpoints(tmp_path).restore(self.state(), architecture=self.architecture)
+            Checkpoints(tmp_path).restore(self.state(), settings=self.settings)
 
     def test_keeps_no_fewer_than_one(self, tmp_path):
         with pytest.raises(dj.DiscoError, match=r"`keep` \(=0\)|`checkpoint.keep` \(=0\)"):

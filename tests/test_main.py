@@ -31,6 +31,9 @@ def run(*arguments, **environment):
     )
 
 
+one_worker = pytest.mark.xdist_group("smoke")  # the run below is made once
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """One smoke run of everything."""
@@ -42,6 +45,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
+@one_worker
 def test_all_ends_with_the_packed_accuracy_on_two_devices(workdir):
     report = json.loads((workdir / "report.json").read_text())
     assert report["mesh"] == "NodeMesh(nodes=2, data=1, cpu)"
@@ -49,6 +53,7 @@ def test_all_ends_with_the_packed_accuracy_on_two_devices(workdir):
     assert report["accuracy"]["packed"] == report["accuracy"]["masked"]
 
 
+@one_worker
 @pytest.mark.parametrize(
     ("mode", "says"),
     [
@@ -117,11 +122,28 @@ def test_wrong_use(case, tmp_path):
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
+@one_worker
 def test_another_architecture_in_the_workdir(workdir):
     done = run(SMOKE, f"--workdir={workdir}", "--config.model.width=8")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert re.search(r"`model` .*differs from the checkpoint's.*another --workdir", done.stderr)
+    message = r"`model.width` \(=8\) differs from the checkpoint's \(=16\).*another --workdir"
+    assert re.search(message, done.stderr)
+
+
+@one_worker
+def test_another_density_in_the_workdir_is_not_taken_for_the_old_one(workdir):
+    done = run(SMOKE, f"--workdir={workdir}", "--mode=eval", "--config.sparse.density=0.5")
+    assert done.returncode == 2
+    assert re.search(r"`sparse.density` \(=0.5\) differs from the .* \(=0.2\)", done.stderr)
+
+
+def test_a_report_that_is_not_one(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    done = run(SMOKE, f"--workdir={tmp_path}", "--mode=report")
+    assert done.returncode == 2
+    assert "run --mode=all there to write it again" in done.stderr
+    assert (tmp_path / "report.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +152,11 @@ def test_another_architecture_in_the_workdir(workdir):
         ({"batch_size": 0}, r"`batch_size` \(=0\) must be a positive integer"),
         ({"batch_size": 10, "accumulate": 3}, r"`batch_size` \(=10\) must be divisible by"),
         ({"dense": ConfigDict({"epochs": 0.0})}, r"`dense.epochs` \(=0.0\) must be positive"),
+        ({"max_steps": -1}, r"`max_steps` \(=-1\) must be 0"),
+        ({"eval_batch_size": 7, "data_parallel": 2}, r"`eval_batch_size` \(=7\) must be divis"),
+        ({"wire_dtype": "int3"}, r"`wire_dtype` \(='int3'\) must be one of"),
+        ({"sparse": ConfigDict({"mask_share": 1.0})}, r"`sparse.mask_share` \(=1.0\) must be"),
+        ({"sparse": ConfigDict({"density": 2.0})}, r"`density` \(=2.0\) must be between"),
         ({"data": ConfigDict({"mean": (0.1,), "std": (0.0,)})}, r"std must be positive"),
     ],
 )

@@ -55,6 +55,8 @@ def test_too_late_is_said_with_the_remedy():
     assert "JAX_NUM_CPU_DEVICES=2 before Python starts" in message
     assert "before the first JAX computation" in message
     assert mesh == "NodeMesh(nodes=2, data=1, emulated)"
+    late = python("import jax; jax.devices(); import disco_jax as dj; dj.NodeMesh(2)")
+    assert "UserWarning: JAX started with 1 CPU device(s)" in late.communicate(timeout=300)[1]
 
 
 def test_equal_meshes_are_equal():

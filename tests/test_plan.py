@@ -179,6 +179,70 @@ def test_verify_finds_a_collective_that_the_plan_lacks():
         dj.verify(frozen, jnp.ones((1, 8)))
 
 
+class Loop(nnx.Module):
+    """The same layer five times in a compiled loop."""
+
+    def __init__(self, mesh):
+        self.dense = dj.layers.Dense(8, 8, mesh=mesh, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: self.dense(x), x)
+
+
+def test_verify_counts_every_turn_of_a_loop():
+    x = jnp.ones((1, 8))
+    frozen = dj.freeze(Loop(dj.NodeMesh(2, emulate=False)), x)
+    found = collectives(frozen.lower(x).compile())
+    assert sum(c.traffic_bytes for c in found) == 5 * frozen.plan.traffic_bytes
+    with pytest.raises(dj.DiscoError, match=r"has 5 collectives moving 160 .* 1 moving 32"):
+        dj.verify(frozen, x)
+
+
+class Repeated(nnx.Module):
+    def __init__(self, mesh):
+        self.dense = dj.layers.Dense(8, 8, mesh=mesh, use_bias=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.dense(self.dense(x))
+
+
+def test_a_layer_called_twice_has_its_weights_once():
+    plan = dj.freeze(Repeated(dj.NodeMesh(2)), jnp.ones((1, 8))).plan
+    assert plan.single_node_weight_bytes == 4 * 64
+    assert plan.single_node_macs == 2 * 64
+
+
+def test_dead_channels_do_not_flatter_the_ratios():
+    def plan(nodes):
+        conv = dj.layers.Conv(
+            64, 64, (3, 3), mesh=dj.NodeMesh(nodes), pad=True, use_bias=False, rngs=nnx.Rngs(0)
+        )
+        channels = conv.exchange.channels
+        return dj.freeze(conv, jax.ShapeDtypeStruct((1, 8, 8, channels), jnp.float32)).plan
+
+    two, three = plan(2), plan(3)
+    assert two.single_node_macs == three.single_node_macs == 64 * 9 * 64 * 64
+    assert two.single_node_weight_bytes == three.single_node_weight_bytes == 4 * 9 * 64 * 64
+    assert (two.dense_traffic_bytes, three.dense_traffic_bytes) == (4 * 64 * 64, 4 * 64 * 2 * 64)
+
+
+def test_bfloat16_results_and_statistics_travel_as_planned():
+    class Head(nnx.Module):
+        def __init__(self, mesh):
+            kwargs = {"mesh": mesh, "pad": True, "dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+            self.norm = dj.layers.LayerNorm(8, **kwargs)
+            self.dense = dj.layers.Dense(8, 10, **kwargs)
+            self.gather = dj.Gather(10, mesh=mesh)
+
+        def __call__(self, x):
+            return self.gather(self.dense(self.norm(x)))
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8)), jnp.bfloat16)
+    frozen = dj.freeze(Head(dj.NodeMesh(4, emulate=False)), x)
+    dj.verify(frozen, x)
+    assert frozen(x).dtype == jnp.bfloat16
+
+
 def test_trace_computes_nothing():
     model = dj.models.create("resnet50", mesh=dj.NodeMesh(2), rngs=nnx.Rngs(0))
     before = jax.tree.leaves(nnx.state(model))

@@ -46,6 +46,16 @@ def test_dead_channels_are_never_read():
     mask = uniform(jnp.ones((4, 12)), 1.0, features=10)
     assert not np.asarray(mask)[:3, 10:].any()
     np.testing.assert_array_equal(mask, exchange.full_mask())
+    exchange.set_mask(jnp.ones((4, 12), bool))
+    np.testing.assert_array_equal(exchange.mask[...], exchange.full_mask())
+
+
+def test_the_transform_leaves_dead_channels_out():
+    layer = dj.layers.Dense(10, 8, mesh=dj.NodeMesh(4), pad=True, rngs=nnx.Rngs(0))
+    dj.name_exchanges(layer)
+    tx = dj.sparsify.sparse_exchange(optax.sgd(0.1), density=1.0, steps=1, score="random")
+    masks = tx.init(nnx.state(layer, nnx.Param)).masks
+    np.testing.assert_array_equal(masks["exchange"], layer.exchange.full_mask())
 
 
 def two_layers(mesh):

@@ -14,6 +14,7 @@ import disco_jax as dj
 from disco_jax.config import defaults
 from disco_jax.job import Job
 from disco_jax.plan.frozen import mesh_of
+from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.step import TrainState, train_step
 
 
@@ -141,6 +142,20 @@ def test_moving_average_by_hand():
     close(state.ema["head"]["kernel"][...], 0.1 * before + 0.9 * np.asarray(after), 1e-6)
 
 
+def test_moving_average_waits_while_gradients_accumulate():
+    images, labels = batch()
+    model = resnet(dj.NodeMesh(2, emulate=True))
+    before = np.asarray(model.head.kernel[...])
+    tx = optax.MultiSteps(optax.sgd(0.5), 2).gradient_transformation()
+    state = TrainState.create(model, tx, mesh=mesh_of(model), ema=True)
+    step = train_step(model, tx, state, ema_decay=0.99, accumulate=2)
+    state, _ = step(state, {"image": images, "label": labels})
+    close(state.ema["head"]["kernel"][...], before, 0)
+    state, _ = step(state, {"image": images, "label": labels})
+    after = np.asarray(state.params["head"]["kernel"][...])
+    close(state.ema["head"]["kernel"][...], 0.1 * before + 0.9 * after, 1e-6)
+
+
 def test_mixed_precision_keeps_float32_weights():
     images, labels = batch()
     model = resnet(dj.NodeMesh(2, emulate=False), dtype=jnp.bfloat16)
@@ -152,13 +167,19 @@ def test_mixed_precision_keeps_float32_weights():
 
 def test_loss_that_is_not_finite_is_an_error_and_keeps_the_checkpoints(tmp_path):
     config = tiny_config()
-    config.optimizer.update(warmup_epochs=0.0, ema_decay=0.0)
-    config.dense.learning_rate = 1e30
-    message = r"`loss` \(=(nan|inf)\) at step \d of phase 'dense'.*lower the learning rate"
+    config.checkpoint.every_epochs = 1 / 40
+    # Rate 0 at first, then one that destroys the weights, though not yet the loss.
+    config.optimizer.update(warmup_epochs=1 / 40, ema_decay=0.0, weight_decay=0.0)
+    config.dense.learning_rate = 1e38
+    message = r"`loss` or weights \(=(nan|inf)\) at step 2 of phase 'dense'.*lower dense.learning"
     with pytest.raises(dj.DiscoError, match=message):
         Job(config, tmp_path).run_train()
-    kept = list((tmp_path / "checkpoints" / "dense").glob("*/state"))
-    assert len(kept) <= 1
+    assert [p.name for p in (tmp_path / "checkpoints" / "dense").iterdir()] == ["1"]
+    job = Job(config, tmp_path)
+    state = TrainState.create(job.model, job.phase("dense").tx, mesh=job.mesh, ema=False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "dense")
+    state, _ = checkpoints.restore(state, settings=job.settings("dense"))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 def test_keeps_only_the_newest_checkpoints(tmp_path):

@@ -82,6 +82,11 @@ class FileSource:
 
 def hold_out(count: int, split: str) -> Int[np.ndarray, "m"]:
     """Indices of ``train`` or ``validation`` among training images: a fixed random tenth."""
+    require(
+        count >= 10,
+        f"`data.source` has {count} training images, but needs at least 10, a tenth of which "
+        "validates; add images",
+    )
     order = np.random.default_rng(0).permutation(count)
     held = round(count * HELD_OUT)
     return np.sort(order[:held] if split == "validation" else order[held:])
@@ -137,15 +142,20 @@ def read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DiscoError(f"`{path}` is truncated or damaged ({error}); fetch it again") from None
     require(
-        len(raw) >= 4 and raw[:3] == b"\x00\x00\x08",
+        len(raw) >= 4 and raw[:3] == b"\x00\x00\x08" and raw[3] > 0,
         f"`{path}` starts with bytes {raw[:4].hex()!r}, but an IDX file of bytes starts with "
         "000008; name an IDX file",
     )
     rank = raw[3]
-    shape = tuple(np.frombuffer(raw[4 : 4 + 4 * rank], ">i4").tolist())
+    require(
+        len(raw) >= 4 + 4 * rank,
+        f"`{path}` ends within its header ({len(raw)} of {4 + 4 * rank} bytes); the file is "
+        "truncated or damaged, fetch it again",
+    )
+    shape = tuple(np.frombuffer(raw, ">i4", count=rank, offset=4).tolist())
     needed = 4 + 4 * rank + int(np.prod(shape))
     require(
-        len(shape) == rank and len(raw) == needed,
+        len(raw) == needed,
         f"`{path}` holds {len(raw)} bytes, but its header says shape {shape}, which takes {needed}"
         "; the file is truncated or damaged, fetch it again",
     )

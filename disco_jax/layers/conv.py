@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.errors import require
 from disco_jax.exchange import Reader
-from disco_jax.layers.weights import apply_weights, distribute_weights, reader
+from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import padded
 from disco_jax.readable import Readable
@@ -56,14 +56,18 @@ class Conv(nnx.Conv):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
+        ignored = ("mask", "conv_general_dilated", "promote_dtype", "preferred_element_type")
+        refuse("Conv", kwargs, *ignored)
         exchange = reader(
             in_features, exchange=exchange, mesh=mesh, pad=pad, groups=feature_group_count
         )
         mesh = exchange.mesh
         channels = padded(out_features, mesh.nodes, pad=pad, name="out_features")
         grouped = feature_group_count > 1
+        # Dead channels are groups of their own where every channel is one.
+        depthwise = pad and feature_group_count == in_features == out_features
         require(
-            not grouped or feature_group_count % mesh.nodes == 0,
+            not grouped or depthwise or feature_group_count % mesh.nodes == 0,
             f"`feature_group_count` (={feature_group_count}) must be divisible by `nodes` "
             f"(={mesh.nodes}), so that each node keeps whole groups; use a multiple of "
             f"{mesh.nodes}, or feature_group_count=1",
@@ -76,10 +80,6 @@ class Conv(nnx.Conv):
             feature_group_count=feature_group_count,
             rngs=rngs,
             **kwargs,
-        )
-        require(
-            self.mask is None,
-            "`mask` of flax.nnx.Conv is not supported; set the mask of the layer's `exchange`",
         )
         self.exchange = exchange
         self.mesh = mesh

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from disco_jax.exchange import Reader
-from disco_jax.layers.weights import apply_weights, distribute_weights, reader
+from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import padded
 from disco_jax.readable import Readable
@@ -43,6 +43,7 @@ class Dense(nnx.Linear):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
+        refuse("Linear", kwargs, "dot_general", "promote_dtype", "preferred_element_type")
         exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
         channels = padded(out_features, exchange.mesh.nodes, pad=pad, name="out_features")
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)

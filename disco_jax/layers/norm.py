@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.errors import require
 from disco_jax.gather import Statistics
-from disco_jax.layers.weights import split_channels
+from disco_jax.layers.weights import refuse, split_channels
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import padded, per_node
 
@@ -21,6 +22,20 @@ def _split_scale_and_bias(norm: Any, channels: int) -> None:
     for parameter in (norm.scale, norm.bias):
         if parameter is not None:
             parameter.set_value(split_channels(parameter[...], channels, norm.mesh))
+
+
+def _wide(x: Array) -> Array:
+    """Moments are taken in float32 at least, as Flax does."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _scale_and_shift(norm: Any, x: Array, y: Array) -> Array:
+    """Scales and shifts the normalised ``y``; the result has the dtype that Flax gives ``x``."""
+    scale = None if norm.scale is None else norm.scale[...]
+    bias = None if norm.bias is None else norm.bias[...]
+    x, *_ = promote_dtype((x, scale, bias), dtype=norm.dtype)
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -63,23 +78,31 @@ class GroupNorm(nnx.Module):
         *,
         mesh: NodeMesh,
         epsilon: float = 1e-6,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = "float32",
+        use_bias: bool = True,
+        use_scale: bool = True,
         rngs: nnx.Rngs,
-        **kwargs: Any,
     ):
         require(
-            num_groups % mesh.nodes == 0 and num_features % num_groups == 0,
+            num_groups >= 1 and num_groups % mesh.nodes == 0 and num_features % num_groups == 0,
             f"`num_groups` (={num_groups}) must be divisible by `nodes` (={mesh.nodes}) and divide "
             f"`num_features` (={num_features}); choose another number of groups",
         )
-        flat = nnx.GroupNorm(num_features, num_groups, epsilon=epsilon, rngs=rngs, **kwargs)
+        flat = nnx.GroupNorm(
+            num_features,
+            num_groups,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            rngs=rngs,
+        )
         self.scale, self.bias = flat.scale, flat.bias
-        self.mesh, self.num_groups, self.epsilon = mesh, num_groups, epsilon
+        self.mesh, self.num_groups, self.epsilon, self.dtype = mesh, num_groups, epsilon, dtype
         _split_scale_and_bias(self, num_features)
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-        y = per_node(self._normalise, x, mesh=self.mesh)
-        y = y if self.scale is None else y * self.scale[...]
-        return y if self.bias is None else y + self.bias[...]
+        return _scale_and_shift(self, x, per_node(self._normalise, _wide(x), mesh=self.mesh))
 
     def _normalise(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
         groups = self.num_groups // self.mesh.nodes
@@ -114,25 +137,26 @@ class LayerNorm(nnx.LayerNorm):
             f"`scope` (={scope!r}) must be 'all' (statistics of all nodes, exchanged) or 'node' "
             "(each node's own)",
         )
-        channels = padded(num_features, mesh.nodes, pad=pad and scope == "all")
+        refuse("LayerNorm", kwargs, "reduction_axes", "feature_axes", "axis_name", "promote_dtype")
+        require(
+            scope == "all" or num_features % mesh.nodes == 0,
+            f"`num_features` (={num_features}) must be divisible by `nodes` (={mesh.nodes}) with "
+            "scope='node'; choose another number of features, or scope='all'",
+        )
+        channels = padded(num_features, mesh.nodes, pad=pad, name="num_features")
         super().__init__(num_features, rngs=rngs, **kwargs)
         self.mesh = mesh
         self.statistics = Statistics(num_features, mesh=mesh) if scope == "all" else None
         _split_scale_and_bias(self, channels)
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:  # type: ignore[override]
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        x, scale, bias = promote_dtype((x, scale, bias), dtype=self.dtype)
+        wide = _wide(x)
         if self.statistics is None:
-            y = per_node(self._normalise, x, mesh=self.mesh)
-        else:
-            mean, variance = self.statistics(x)
-            y = (x - mean) * lax.rsqrt(variance + self.epsilon)
-            if scale is None:  # keep dead channels dead; otherwise their scale of 0 does
-                y = jnp.where(jnp.arange(x.shape[-1]) < self.statistics.features, y, 0)
-        y = y if scale is None else y * scale
-        return y if bias is None else y + bias
+            return _scale_and_shift(self, x, per_node(self._normalise, wide, mesh=self.mesh))
+        mean, variance = self.statistics(wide)
+        alive = jnp.arange(x.shape[-1]) < self.statistics.features
+        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * alive
+        return _scale_and_shift(self, x, y)
 
     def _normalise(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
         mean = x.mean(-1, keepdims=True)

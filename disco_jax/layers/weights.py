@@ -36,11 +36,25 @@ def reader(
         assert mesh is not None
         return (Local if groups > 1 else Exchange)(features, mesh=mesh, pad=pad)
     require(
+        groups == 1 or isinstance(exchange, Local),
+        f"`feature_group_count` (={groups}) needs an exchange that moves nothing, not "
+        f"{type(exchange).__name__}; pass mesh=, or exchange=Local(...)",
+    )
+    require(
         exchange.features == features,
         f"`in_features` (={features}) must equal the features of the exchange "
         f"(={exchange.features}) that the layer reads; pass in_features={exchange.features}",
     )
     return exchange
+
+
+def refuse(layer: str, keywords: dict[str, Any], *names: str) -> None:
+    """Refuses Flax keywords that a split layer could only ignore."""
+    for name in names:
+        require(
+            name not in keywords,
+            f"`{name}` of flax.nnx.{layer} is not supported by the split layer; remove it",
+        )
 
 
 def distribute_weights(layer: Any, c_in: int, c_out: int) -> None:
@@ -59,6 +73,11 @@ def apply_weights(
 ) -> Float[Array, "b ... c_out"]:
     """Exchange (unless ``inputs`` were exchanged already), local operation, bias."""
     readable = inputs if isinstance(inputs, Readable) else layer.exchange(inputs)
+    require(
+        readable.source == id(layer.exchange),
+        f"`inputs` of {type(layer).__name__}(in_features={layer.in_features}) come from an "
+        "exchange that is not the layer's own; build the layer with exchange= that exchange",
+    )
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = promote_dtype((readable.values, layer.kernel[...], bias), dtype=layer.dtype)
     y = readable.replace(x).apply(op, kernel)

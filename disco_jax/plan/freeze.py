@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,16 @@ from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
-from disco_jax.trace import ExchangeRecord, Images, Trace, exchanges, modules, readers, trace
+from disco_jax.trace import (
+    ExchangeRecord,
+    Images,
+    LayerRecord,
+    Trace,
+    exchanges,
+    modules,
+    readers,
+    trace,
+)
 
 
 def plan_hops(mask: Bool[np.ndarray, "n c"]) -> tuple[Hop, ...]:
@@ -99,7 +109,7 @@ def freeze(
         move(packed, mesh)
     _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges})
     packed.eval()
-    plan = _plan(packed, traced, trace(packed, images))
+    plan = _plan(packed, trace(packed, images))
     return Frozen(packed, plan)
 
 
@@ -139,26 +149,38 @@ def _pack(model: nnx.Module, hops: dict[str, tuple[Hop, ...]], dtypes: dict[str,
                 setattr(module, name, replacement[id(child)])
 
 
-def _plan(model: nnx.Module, masked: Trace, packed: Trace) -> CommunicationPlan:
+def _plan(model: nnx.Module, packed: Trace) -> CommunicationPlan:
     found: dict[str, Any] = dict(modules(model))
     calls: dict[str, list[ExchangeRecord]] = {}
     for record in packed.exchanges:
         calls.setdefault(record.path, []).append(record)
+    layers: dict[str, list[LayerRecord]] = {}
+    for layer in packed.layers:
+        layers.setdefault(layer.path, []).append(layer)
     nodes = next(m.mesh.nodes for m in found.values() if isinstance(m, PackedExchange))
     return CommunicationPlan(
         nodes,
         tuple(_exchange_plan(found[path], records) for path, records in calls.items()),
-        tuple(
-            LayerPlan(
-                after.path,
-                after.exchange,
-                after.macs,
-                before.macs,
-                _weight_bytes(found[after.path], found[after.path].kernel.size, nodes),
-                _weight_bytes(found[after.path], _dense_size(found[after.path]), nodes),
-            )
-            for before, after in zip(masked.layers, packed.layers, strict=True)
-        ),
+        tuple(_layer_plan(found[path], records) for path, records in layers.items()),
+    )
+
+
+def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
+    """Costs of one layer, which may be called several times with the same weights."""
+    nodes = layer.mesh.nodes
+    window = layer.kernel.shape[-2 - len(getattr(layer, "kernel_size", ())) : -2]
+    groups = getattr(layer, "feature_group_count", 1)
+    dense = math.prod(window) * (layer.in_features // groups) * layer.out_features
+    bias = 0 if layer.bias is None else layer.bias.size
+    dense_bias = 0 if layer.bias is None else layer.out_features
+    itemsize = layer.kernel[...].dtype.itemsize
+    return LayerPlan(
+        records[0].path,
+        records[0].exchange,
+        macs=sum(r.macs for r in records),
+        single_node_macs=sum(r.positions for r in records) * dense,
+        weight_bytes=(layer.kernel.size + bias) // nodes * itemsize,
+        single_node_weight_bytes=(dense + dense_bias) * itemsize,
     )
 
 
@@ -167,20 +189,8 @@ def _exchange_plan(module: Any, records: Sequence[ExchangeRecord]) -> ExchangePl
         path=records[0].path,
         consumers=records[0].consumers,
         positions=tuple(r.positions for r in records),
-        channels=records[0].shape[-1],
+        features=getattr(module, "features", records[0].shape[-1]),
         wire_dtype=getattr(module, "wire_dtype", records[0].dtype),
         hops=getattr(module, "hops", ()),
         gathered=module.width if isinstance(module, AllGather) else 0,
     )
-
-
-def _dense_size(layer: Any) -> int:
-    """Number of weights of the layer's dense kernel, on all nodes together."""
-    if not isinstance(layer.exchange, PackedExchange):
-        return layer.kernel.size
-    return layer.kernel.size // layer.kernel.shape[-2] * layer.exchange.channels
-
-
-def _weight_bytes(layer: Any, kernel_size: int, nodes: int) -> int:
-    bias = 0 if layer.bias is None else layer.bias.size
-    return (kernel_size + bias) // nodes * layer.kernel[...].dtype.itemsize

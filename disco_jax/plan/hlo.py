@@ -39,15 +39,36 @@ def collectives(program: str | jax.stages.Compiled) -> tuple[Collective, ...]:
     """The collectives of a compiled program (``frozen.lower(images).compile()``) in text order.
 
     A permute moves its operand once for each pair; an all-gather moves each operand to every
-    other member of its group. What else there is counts as an all-gather of its operand.
+    other member of its group. What else there is counts as an all-gather of its operand. A
+    collective inside a loop counts as often as the loop runs.
+
+    Raises:
+      DiscoError: if a collective is inside a loop whose number of turns is not known.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
-    found = []
+    turns = {body: trips for line in text.splitlines() for body, trips in _loop(line)}
+    found, repeats = [], 1
     for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            repeats = turns.get(line.removeprefix("ENTRY ").split(" ")[0].lstrip("%"), 1)
         match = _INSTRUCTION.search(line)
         if match:
-            found.append(_collective(line, match.group(1), match.group(2)))
+            require(
+                repeats > 0,
+                f"the compiled program has a {match.group(2)} in a loop whose number of turns is "
+                "not known, so that its bytes are not either; unroll the loop",
+            )
+            found += [_collective(line, match.group(1), match.group(2))] * repeats
     return tuple(found)
+
+
+def _loop(line: str) -> list[tuple[str, int]]:
+    """(body, turns) of a while instruction; 0 turns where their number is not known."""
+    body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+    if not body:
+        return []
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    return [(body.group(1), int(trips.group(1)) if trips else 0)]
 
 
 def _collective(line: str, result: str, kind: str) -> Collective:

@@ -24,7 +24,7 @@ class ExchangePlan:
       path: where it is in the model.
       consumers: paths of the layers that read it.
       positions: pixels or tokens per example, one entry for every call.
-      channels: channels that the nodes own together, dead ones included.
+      features: channels that the nodes own together, dead ones excluded.
       wire_dtype: what travels.
       hops: the messages of a packed exchange, one entry for each ring offset in use.
       gathered: numbers per position that every node sends to every other (an exchange without a
@@ -34,7 +34,7 @@ class ExchangePlan:
     path: str
     consumers: tuple[str, ...]
     positions: tuple[int, ...]
-    channels: int
+    features: int
     wire_dtype: str
     hops: tuple[Hop, ...] = ()
     gathered: int = 0
@@ -44,9 +44,8 @@ class ExchangePlan:
         return sum(h.width * len(h.pairs) for h in self.hops) + self.gathered * nodes * (nodes - 1)
 
     def dense(self, nodes: int) -> int:
-        """(channel, link) pairs of the dense split."""
-        width = self.gathered or self.channels // nodes
-        return width * nodes * (nodes - 1)
+        """(channel, link) pairs of the dense split: all other nodes get every living channel."""
+        return (self.gathered * nodes or self.features) * (nodes - 1)
 
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
@@ -63,14 +62,18 @@ class ExchangePlan:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """One layer with weights: multiplications per example and bytes of weights, of one node."""
+    """One layer with weights.
+
+    Multiplications per example and bytes of weights: of one of the nodes, and of a single node
+    that runs the dense network alone (without dead channels).
+    """
 
     path: str
     exchange: str
     macs: int
-    dense_macs: int
+    single_node_macs: int
     weight_bytes: int
-    dense_weight_bytes: int
+    single_node_weight_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,7 @@ class CommunicationPlan:
     @property
     def single_node_macs(self) -> int:
         """Multiplications per example of the unsplit dense network."""
-        return sum(layer.dense_macs for layer in self.layers) * self.nodes
+        return sum(layer.single_node_macs for layer in self.layers)
 
     @property
     def weight_bytes_per_node(self) -> int:
@@ -116,7 +119,7 @@ class CommunicationPlan:
     @property
     def single_node_weight_bytes(self) -> int:
         """Bytes of kernels and biases of the unsplit dense network."""
-        return sum(layer.dense_weight_bytes for layer in self.layers) * self.nodes
+        return sum(layer.single_node_weight_bytes for layer in self.layers)
 
     @property
     def collectives(self) -> int:
@@ -155,13 +158,13 @@ class CommunicationPlan:
             ) from None
 
     def __str__(self) -> str:
-        table = Table("exchange", "channels", "kept", "wire", "hops", "bytes", "of dense")
+        table = Table("exchange", "features", "kept", "wire", "hops", "bytes", "of dense")
         for e in self.exchanges:
             dense, sent = e.dense_traffic_bytes(self.nodes), e.traffic_bytes(self.nodes)
             kept = f"{e.kept(self.nodes)}/{e.dense(self.nodes)}"
             hops = str(len(e.hops) or "all" * (e.gathered > 0) or "-")
             share = f"{sent / dense:.3f}" if dense else "-"
-            table.add_row(e.path, str(e.channels), kept, e.wire_dtype, hops, f"{sent:,}", share)
+            table.add_row(e.path, str(e.features), kept, e.wire_dtype, hops, f"{sent:,}", share)
         table.add_section()
         total, dense = self.traffic_bytes, self.dense_traffic_bytes
         share = f"{total / dense:.3f}" if dense else "-"

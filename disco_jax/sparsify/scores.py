@@ -24,7 +24,7 @@ def _sum_groups(values: Kernels, nodes: int) -> Float[Array, "node channel"]:
     return sum((one(v) for v in values[1:]), one(values[0]))
 
 
-def l2(kernels: Kernels, nodes: int, **_: object) -> Float[Array, "node channel"]:
+def l2(kernels: Kernels, nodes: int) -> Float[Array, "node channel"]:
     """Group magnitude, ``sqrt(Σ w²)`` over the weights of node ``d`` that read channel ``c``.
 
     Summed over all ``kernels`` that share the exchange (Li et al. 2017, Wen et al. 2016).
@@ -35,7 +35,7 @@ def l2(kernels: Kernels, nodes: int, **_: object) -> Float[Array, "node channel"
     return jnp.sqrt(_sum_groups([jnp.square(k) for k in kernels], nodes))
 
 
-def l1(kernels: Kernels, nodes: int, **_: object) -> Float[Array, "node channel"]:
+def l1(kernels: Kernels, nodes: int) -> Float[Array, "node channel"]:
     """Group magnitude, ``Σ |w|`` (Li et al. 2017).
 
     >>> l1([jnp.array([[3., -4.], [0., 1.]])], nodes=2).tolist()
@@ -44,9 +44,7 @@ def l1(kernels: Kernels, nodes: int, **_: object) -> Float[Array, "node channel"
     return _sum_groups([jnp.abs(k) for k in kernels], nodes)
 
 
-def random(
-    kernels: Kernels, nodes: int, *, seed: int = 0, **_: object
-) -> Float[Array, "node channel"]:
+def random(kernels: Kernels, nodes: int, *, seed: int = 0) -> Float[Array, "node channel"]:
     """Uniform in [0, 1): the baseline that every criterion must beat.
 
     Constant for one shape and seed, so that a mask does not change while its density falls.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from disco_jax.trace import exchanges, readers
 Masks = dict[str, Bool[Array, "node channel"]]
 Kernels = dict[str, list[Array]]
 Scores = dict[str, Float[Array, "node channel"]]
-Readers = tuple[tuple[str, str], ...]
+Readers = tuple[tuple[str, str, int], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,9 @@ class SparseExchangeState:
     masks: Masks  # bool[node, channel] for each exchange path
     inner: optax.OptState  # of the wrapped optimiser
     # Static, because an optimiser is given bare arrays when it updates:
-    readers: Readers = dataclasses.field(metadata={"static": True})  # (parameter, exchange)
+    readers: Readers = dataclasses.field(
+        metadata={"static": True}
+    )  # (parameter, exchange, features)
     mesh: NodeMesh = dataclasses.field(metadata={"static": True})
 
 
@@ -82,7 +85,7 @@ def sparse_exchange(
             "a model from models.create, or call disco_jax.name_exchanges(model) first",
         )
         assert mesh is not None
-        masks = choose_masks(score_kernels(params, readers, mesh, score), 1.0)
+        masks = choose_masks(score_kernels(params, readers, mesh, score), readers, 1.0)
         step = jnp.zeros((), jnp.int32)
         return SparseExchangeState(step, masks, inner.init(params), readers, mesh)
 
@@ -99,7 +102,7 @@ def sparse_exchange(
         due = ((step % every == 0) & (step < steps)) | (step == steps)
         masks = jax.lax.cond(
             due,
-            lambda scores, _: choose_masks(scores, density_at(step)),
+            lambda scores, _: choose_masks(scores, state.readers, density_at(step)),
             lambda _, masks: masks,
             score_kernels(params, state.readers, state.mesh, score),
             state.masks,
@@ -111,12 +114,12 @@ def sparse_exchange(
 
 
 def kernel_readers(params: Any) -> tuple[Readers, NodeMesh | None]:
-    """(parameter, exchange) of every kernel whose metadata names one, and the mesh."""
+    """(parameter, exchange, features) of kernels whose metadata names them, and the mesh."""
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
     data = [(_name(path), v.get_metadata()) for path, v in leaves if _is_variable(v)]
     named = [(name, metadata) for name, metadata in data if "exchange" in metadata]
-    mesh = named[0][1]["mesh"] if named else None
-    return tuple((name, metadata["exchange"]) for name, metadata in named), mesh
+    mesh = named[0][1]["node_mesh"] if named else None
+    return tuple((name, m["exchange"], m["features"]) for name, m in named), mesh
 
 
 def group_kernels(params: Any, readers: Readers) -> Kernels:
@@ -124,7 +127,7 @@ def group_kernels(params: Any, readers: Readers) -> Kernels:
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
     arrays = {_name(path): v[...] if _is_variable(v) else v for path, v in leaves}
     groups: Kernels = {}
-    for name, exchange in readers:
+    for name, exchange, _ in readers:
         groups.setdefault(exchange, []).append(arrays[name])
     return groups
 
@@ -147,12 +150,10 @@ def score_kernels(params: Any, readers: Readers, mesh: NodeMesh, score: str) -> 
     return mesh.replicate({p: SCORES[score](group, mesh.nodes) for p, group in kernels.items()})
 
 
-def choose_masks(scores: Scores, density: float | Array) -> Masks:
-    """Keeps the best pairs of every exchange.
-
-    Rows of dead channels are zero in every kernel, so that they are the last to be kept.
-    """
-    return {path: uniform(s, density) for path, s in scores.items()}
+def choose_masks(scores: Scores, readers: Readers, density: float | Array) -> Masks:
+    """Keeps the best pairs of every exchange; dead channels are never read."""
+    features = {exchange: count for _, exchange, count in readers}
+    return {path: uniform(s, density, features[path]) for path, s in scores.items()}
 
 
 def apply_masks(model: nnx.Module, state: Any) -> None:
@@ -178,10 +179,22 @@ def prune(model: nnx.Module, density: float, score: str = "l2", **options: Any) 
       **options: what the score takes (``seed`` for ``"random"``).
 
     Raises:
-      DiscoError: for a density outside [0, 1] or an unknown score.
+      DiscoError: for a density outside [0, 1], an unknown score, an option that the score does
+        not take, or a model without masked exchanges.
     """
     check_choice(density, score)
+    takes = set(inspect.signature(SCORES[score]).parameters) - {"kernels", "nodes"}
+    require(
+        set(options) <= takes,
+        f"`score` {score!r} does not take {sorted(set(options) - takes)}; it takes "
+        f"{sorted(takes) or 'nothing'}",
+    )
     found = exchanges(model)
+    require(
+        bool(found),
+        f"`model` (={type(model).__name__}) has no masked exchange; pass a model made of "
+        "disco_jax layers that is not frozen",
+    )
     kernels = {
         path: [layer.kernel[...] for _, layer in layers]
         for path, layers in readers(model).items()

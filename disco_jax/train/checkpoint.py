@@ -39,25 +39,25 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, *, data: Any, architecture: dict[str, Any]) -> None:
+    def save(self, state: TrainState, *, data: Any, settings: dict[str, Any]) -> None:
         """Starts writing; the state may be used and donated on.
 
         Args:
           state: what is trained.
           data: position of the input pipeline (JSON).
-          architecture: what the model was built from (JSON), compared when restoring.
+          settings: all that determines the result (JSON), compared when restoring.
         """
         step = int(state.step)
         if self.latest == step:
             return
-        note = {"data": data, "architecture": architecture}
+        note = {"data": data, "settings": settings}
         self._checkpointer.save_async(step, pure(state), custom_metadata=note, force=True)
 
-    def restore(self, like: TrainState, *, architecture: dict[str, Any]) -> tuple[TrainState, Any]:
+    def restore(self, like: TrainState, *, settings: dict[str, Any]) -> tuple[TrainState, Any]:
         """The newest state, placed as ``like`` is, and the position of the input pipeline.
 
         Raises:
-          DiscoError: if there is none, it is of another architecture, or it is damaged.
+          DiscoError: if there is none, other settings made it, or it is damaged.
         """
         self._checkpointer.wait()
         step = self.latest
@@ -66,13 +66,13 @@ class Checkpoints:
             f"`workdir` has no checkpoint in {self.directory}; train first (--mode=train)",
         )
         metadata = self._checkpointer.metadata(step).custom_metadata or {}
-        saved: Any = metadata.get("architecture", {})
-        wrong = [k for k in architecture if saved.get(k) != architecture[k]]
+        saved: Any = metadata.get("settings", {})
+        wrong = [k for k in settings if saved.get(k) != settings[k]]
         if wrong:
-            key = wrong[0]
+            key, now, before = _difference(wrong[0], settings[wrong[0]], saved.get(wrong[0]))
             raise DiscoError(
-                f"`{key}` (={architecture[key]!r}) differs from the checkpoint's "
-                f"(={saved.get(key)!r}) in {self.directory}; restore the same config, "
+                f"`{key}` (={now!r}) differs from the checkpoint's (={before!r}) "
+                f"in {self.directory}; restore the same config, "
                 "or use another --workdir"
             )
         try:
@@ -89,6 +89,15 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._checkpointer.close()
+
+
+def _difference(key: str, now: Any, before: Any) -> tuple[str, Any, Any]:
+    """The first field in which two settings differ, with its values."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for name in {**now, **before}:
+            if now.get(name) != before.get(name):
+                return _difference(f"{key}.{name}", now.get(name), before.get(name))
+    return key, now, before
 
 
 def pure(state: TrainState) -> dict[str, Any]:

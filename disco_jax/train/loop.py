@@ -26,6 +26,11 @@ from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.progress import MetricsWriter, console, progress_bar
 from disco_jax.train.step import TrainState, train_step
 
+# Whole programs, not one for each operation: programs that are independent of each other but
+# wait for all devices can keep each other's devices busy for ever.
+_norm = jax.jit(optax.tree.norm)
+_sums = jax.jit(classification.sums)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -38,8 +43,8 @@ class Phase:
       steps_per_epoch: how often to validate.
       save_every: updates between checkpoints.
       keep: checkpoints kept.
-      label_smoothing, ema_decay: see ``train_step``; 0 turns them off.
-      architecture: what the model was built from, stored with the checkpoints.
+      label_smoothing, ema_decay, accumulate: see ``train_step``.
+      settings: all that determines the result, stored with the checkpoints.
     """
 
     name: str
@@ -50,7 +55,8 @@ class Phase:
     keep: int
     label_smoothing: float
     ema_decay: float
-    architecture: dict[str, Any]
+    accumulate: int
+    settings: dict[str, Any]
 
 
 def put_batch(batch: dict[str, Any], mesh: NodeMesh) -> dict[str, jax.Array]:
@@ -76,10 +82,10 @@ def fit(
     checkpoints = Checkpoints(workdir / "checkpoints" / phase.name, keep=phase.keep)
     state = TrainState.create(model, phase.tx, mesh=mesh, ema=phase.ema_decay > 0)
     if checkpoints.latest is not None:
-        state, position = checkpoints.restore(state, architecture=phase.architecture)
+        state, position = checkpoints.restore(state, settings=phase.settings)
         batches.set_state(position)
         console.print(f"{phase.name}: going on from step {int(state.step)}")
-    save = partial(checkpoints.save, architecture=phase.architecture)
+    save = partial(checkpoints.save, settings=phase.settings)
     try:
         state = _run(model, state, phase, batches, validate, save, mesh, MetricsWriter(workdir))
     finally:
@@ -103,6 +109,7 @@ def _run(
         state,
         label_smoothing=phase.label_smoothing,
         ema_decay=phase.ema_decay,
+        accumulate=phase.accumulate,
     )
     first, mark, seen = int(state.step), time.perf_counter(), 0
     with progress_bar() as bar:
@@ -130,17 +137,19 @@ def _run(
                 console.print(f"{phase.name} step {step}: validation accuracy {accuracy:.2f} %")
                 mark = time.perf_counter()
             if last or step % phase.save_every == 0:
+                _finite(float(_norm(state.params)), phase, step)
                 save(state, data=batches.get_state())
     return state
 
 
-def _finite(loss: float, phase: Phase, step: int) -> float:
-    if math.isfinite(loss):
-        return loss
+def _finite(value: float, phase: Phase, step: int) -> float:
+    """Loss, or norm of the weights: nothing that is not finite is ever saved."""
+    if math.isfinite(value):
+        return value
     raise DiscoError(
-        f"`loss` (={loss}) at step {step} of phase {phase.name!r} is not finite; lower the "
-        "learning rate or set optimizer.clip_norm, and run the same command again: it goes on "
-        "from the newest checkpoint"
+        f"`loss` or weights (={value}) at step {step} of phase {phase.name!r} are not finite; "
+        f"lower {phase.name}.learning_rate or set optimizer.clip_norm, and start in another "
+        "--workdir (the checkpoints in this one are from before)"
     )
 
 
@@ -169,9 +178,7 @@ def evaluate(
     total = {"correct": 0.0, "loss": 0.0, "count": 0.0}
     for batch in evaluation_batches(source, preprocess, batch_size):
         logits = run(jnp.asarray(batch["image"]))
-        found = classification.sums(
-            logits, *(mesh.put(batch[k], None) for k in ("label", "weight"))
-        )
+        found = _sums(logits, *(mesh.put(batch[k], None) for k in ("label", "weight")))
         total = {k: total[k] + float(found[k]) for k in total}
     count = total["count"]
     return {"accuracy": total["correct"] / count, "loss": total["loss"] / count}

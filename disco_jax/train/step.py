@@ -24,7 +24,7 @@ Batch = dict[str, Array]
 class TrainState:
     """All that changes during training, as one pytree."""
 
-    step: Int[Array, ""]  # int32[], updates so far
+    step: Int[Array, ""]  # int32[], batches so far
     params: nnx.State  # float32 weights
     rest: nnx.State  # running statistics, masks
     opt_state: optax.OptState
@@ -56,10 +56,12 @@ def train_step(
     *,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Float[Array, ""]]]:
     """Compiles ``state, {"image", "label"} -> state, loss`` for a model and an optimiser.
 
-    Masks that the optimiser carries (``sparse_exchange``) are copied to the model's exchanges.
+    ``accumulate`` is the number of batches that the optimiser takes for one update. Masks that it
+    carries (``sparse_exchange``) are copied to the model's exchanges.
     The state keeps the placement of the given one, whose memory each step reuses.
     """
     model.train()
@@ -79,8 +81,11 @@ def train_step(
         apply_masks(model, opt_state)
         ema: Any = None
         if state.ema is not None:
-            # As usual, a young average forgets faster, or it would remember the random start.
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            # A young average forgets faster, or it would remember the random start; between
+            # updates, while gradients accumulate, it stays as it is.
+            updates_before = state.step // accumulate
+            decay = jnp.minimum(ema_decay, (1 + updates_before) / (10 + updates_before))
+            decay = jnp.where((state.step + 1) % accumulate == 0, decay, 1.0)
             ema = optax.incremental_update(params, state.ema, 1 - decay)  # type: ignore[arg-type]
         rest = nnx.state(model, nnx.Not(nnx.Param))
         return TrainState(state.step + 1, params, rest, opt_state, ema), loss

@@ -1,0 +1,60 @@
+"""Models by name: sizes as the literature has them, shapes, and one screen of code."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import disco_jax as dj
+from disco_jax.models import MODELS
+
+# torchvision's numbers of parameters for 1000 classes; the CIFAR variants as He et al. count them,
+# with a projection at each of the two strided shortcuts.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnet20": 272_474,
+    "resnet56": 855_770,
+}
+
+
+def abstract(name, mesh, **kwargs):
+    return nnx.eval_shape(lambda: dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **kwargs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_shapes(name):
+    """Built and traced on shapes alone."""
+    cifar = name in ("resnet20", "resnet56")
+    classes = 10 if cifar else 1000
+    model = abstract(name, dj.NodeMesh(2), num_classes=classes)
+    sizes = [p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert sum(sizes) == PARAMETERS[name]
+    size = 32 if cifar else 224
+    traced = dj.trace(model, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    last = 8 if cifar else 7
+    assert traced.exchanges[-2].shape[1:3] == (last, last)
+    assert traced.layers[-1].output == (1, classes)
+
+
+@pytest.mark.parametrize("nodes", [3, 8])
+def test_channels_that_do_not_divide_are_padded(nodes):
+    model = abstract("resnet50", dj.NodeMesh(nodes), num_classes=10)
+    traced = dj.trace(model, jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32))
+    assert all(record.shape[-1] % nodes == 0 for record in traced.exchanges)
+    assert traced.exchanges[-1].path == "logits"
+
+
+def test_stride_is_on_the_3x3_convolution():
+    model = abstract("resnet50", dj.NodeMesh(2))
+    block = model.blocks[3]
+    assert (block.conv1.strides, block.conv2.strides) == (1, 2)
+
+
+def test_a_resnet_is_one_screen():
+    assert len(inspect.getsource(dj.models.ResNet).splitlines()) <= 75
