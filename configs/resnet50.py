@@ -20,12 +20,12 @@ def get_config(variant: str = "digits"):
     c = defaults()
     c.name = f"resnet50_{variant}"
     c.model.name = "resnet50"
-    c.data.update(source="digits", mean=(0.3,) * 3, std=(0.37,) * 3)
+    c.data.update(source="digits", size=24, mean=(0.3,) * 3, std=(0.37,) * 3)
     c.data.update(train_transforms=("rgb", "resize"), eval_transforms=("rgb", "resize"))
     c.optimizer.update(name="adamw", weight_decay=0.05)
     c.dense.update(epochs=4.0, learning_rate=1e-3)
     c.sparse.update(epochs=4.0, learning_rate=1e-3, mask_share=0.3, every=5)
-    c.checkpoint.every_epochs = 3.0
+    c.checkpoint.every_epochs = 4.0
     if variant == "smoke":
         c.max_steps = 3
         c.sparse.every = 1

@@ -3,7 +3,8 @@
     python experiments/cost_table.py [--model=resnet50] [--size=224] [--density=0.2]
 
 Traffic is in bytes per example over all links (float32), multiplications and weights are one
-node's; everything comes from traced shapes and the frozen plan, and nothing is run.
+node's. Masks are chosen by the magnitude of random weights; the figures come from traced shapes
+and the frozen plan, and the network is not run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Speed of the split itself: packed against the dense split and a hand-written shard_map.
 
-    python experiments/split_speed.py [--nodes=2] [--iterations=30] [--out=FILE.json]
+    python experiments/split_speed.py [--nodes=2] [--iterations=60] [--out=FILE.json]
 
 ResNet-50, 224x224, batch 1, one faked CPU device for each node, in one process. Programs take
 turns, so that a drift of the machine's speed hits all alike; the figures are ratios of medians:
