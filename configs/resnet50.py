@@ -4,9 +4,9 @@
     python -m disco_jax.main --config=configs/resnet50.py:smoke       # a few steps, to see it run
     python -m disco_jax.main --config=configs/resnet50.py:imagenet    # the full recipe
 
-Expect about 92 % test accuracy on the digits, dense, masked and packed (98 % in validation: the test
-digits are the last fifth of the set), at 5.1 times less traffic than the dense
-split. The ImageNet recipe (90 epochs, batch 1024; Goyal et al. 2017 with label
+Expect about 92 % test accuracy on the digits, dense, masked and packed (98 % in validation: the
+test digits are the last fifth of the set), at 5.1 times less traffic than the dense split.
+The ImageNet recipe (90 epochs, batch 1024; Goyal et al. 2017 with label
 smoothing) needs `tfds build imagenet2012 --file_format=array_record`, and accelerators.
 """
 
