@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from disco_jax.errors import require
@@ -79,13 +78,21 @@ class Local(Reader):
 class Exchange(Reader):
     """Masked exchange (training): all channels are gathered, a node reads those of its mask row.
 
-    On real devices: ``all_gather`` over the node axis times the mask row. Emulated: the readable
-    carries the mask, and the kernels that read it are multiplied by it.
+    On real devices an ``all_gather`` over the node axis, emulated nothing. The kernels that read
+    the result are multiplied by the mask.
+
+    Attributes:
+      mask: ``bool[node, channel]``.
+      gate: a module ``mask -> float[node, channel]`` while gates are learned, else None.
+      dense_gradient: whether weights behind a False of the mask get the gradient that they would
+        have if they were read, so that a dropped pair can return.
     """
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
         super().__init__(features, mesh=mesh, pad=pad)
         self.mask = Mask(mesh.put(self.full_mask()))
+        self.gate: nnx.Module | None = nnx.data(None)
+        self.dense_gradient = False
 
     def full_mask(self) -> Bool[np.ndarray, "n c"]:
         """Everything but dead channels is read: the dense split."""
@@ -116,18 +123,22 @@ class Exchange(Reader):
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
         note(self, x)
-        mask = self.mask[...]
         if self.mesh.nodes == 1:
             return Readable(x, self.mesh, source=id(self))
-        if not self.mesh.distributed:
-            return Readable(x, self.mesh, mask=mask, split=False, source=id(self))
+        return Readable(
+            self._gather(x) if self.mesh.distributed else x,
+            self.mesh,
+            gate=self.gate(self.mask[...]) if self.gate else self.mask[...],
+            split=self.mesh.distributed,
+            dense_gradient=self.dense_gradient,
+            source=id(self),
+        )
+
+    def _gather(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... n*c"]:
         spec = activation_spec(x.ndim, self.mesh)
-        values = jax.shard_map(
-            lambda x, mask: (
-                lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True) * mask[0].astype(x.dtype)
-            ),
+        return jax.shard_map(
+            lambda x: lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True),
             mesh=self.mesh.jax_mesh,
-            in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1, c]
+            in_specs=spec,  # [b/data, ..., c/n]
             out_specs=spec,  # [b/data, ..., c]
-        )(x, mask)
-        return Readable(values, self.mesh, source=id(self))
+        )(x)

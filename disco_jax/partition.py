@@ -74,7 +74,9 @@ def kernel_spec(ndim: int) -> P:
     return P(*[None] * (ndim - 1), NODE)
 
 
-def check_batch(x: Shaped[Array, "b ..."] | jax.ShapeDtypeStruct, mesh: NodeMesh) -> None:
+def check_batch(
+    x: Shaped[Array | np.ndarray, "b ..."] | jax.ShapeDtypeStruct, mesh: NodeMesh
+) -> None:
     """Refuses a batch that the data axis cannot share equally."""
     require(
         len(x.shape) >= 2 and x.shape[0] % mesh.data == 0,

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, batch_spec, check_batch, kernel_spec
@@ -26,18 +27,21 @@ class Readable:
 
     Attributes:
       values: ``[b, ..., n*r]``, one block of ``r`` readable channels for each node; where
-        ``split`` is False, ``[b, ..., r]`` that every node reads (in part, if there is a mask).
+        ``split`` is False, ``[b, ..., r]`` that every node holds.
       mesh: the nodes.
-      mask: ``[n, r]``, which of the shared ``values`` each node reads; None reads all.
+      gate: ``[n, r]``, what each node's weights are multiplied by, channel by channel: a mask, or
+        numbers between 0 and 1 while gates are learned; None reads all.
       split: whether ``values`` holds a block for each node.
+      dense_gradient: whether the weights get the gradient that they would have if they were read.
       packed: whether the kernels that read this have a leading node axis ``[n, ..., r, o]``.
       source: identity of the exchange that made it; its mask is the one that counts.
     """
 
     values: Float[Array, "b ... c"]
     mesh: NodeMesh = dataclasses.field(metadata={"static": True})
-    mask: Bool[Array, "n r"] | None = None
+    gate: Float[Array, "n r"] | Bool[Array, "n r"] | None = None
     split: bool = dataclasses.field(default=True, metadata={"static": True})
+    dense_gradient: bool = dataclasses.field(default=False, metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
     source: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -55,24 +59,39 @@ class Readable:
             return self._apply_on_nodes(op, kernel)
         if self.packed:
             return self._apply_stacked(op, kernel)
-        if self.mask is not None:
-            kernel = kernel * expand_mask(self.mask, kernel.shape[-1]).astype(kernel.dtype)
+        if self.gate is not None:
+            kernel = self._gated(kernel, self.gate)
         return op(self.values, kernel)
+
+    def _gated(self, kernel: Array, gate: Array) -> Array:
+        """``kernel [..., r, o]`` times ``gate [n, r]``; ``o`` is shared by the gate's nodes."""
+        wide = expand_mask(gate, kernel.shape[-1]).astype(kernel.dtype)
+        if self.dense_gradient:  # the sum is 0; only its gradient counts
+            still = lax.stop_gradient(kernel)
+            return wide * still + (kernel - still)
+        return wide * kernel
 
     def _apply_on_nodes(self, op: Operation, kernel: Array) -> Array:
         check_batch(self.values, self.mesh)
         ndim = self.values.ndim
+
+        def on_node(x: Array, kernel: Array, *gate: Array) -> Array:
+            kernel = kernel[0] if self.packed else kernel
+            return op(x, self._gated(kernel, *gate) if gate else kernel)
+
+        gate = () if self.gate is None else (self.gate,)
         return jax.shard_map(
-            lambda x, k: op(x, k[0] if self.packed else k),
+            on_node,
             mesh=self.mesh.jax_mesh,
             in_specs=(
                 activation_spec(ndim, self.mesh)
                 if self.split
                 else batch_spec(ndim, self.mesh),  # [b/data, ..., r]
                 P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
+                *[P(NODE)] * len(gate),  # [1, r]
             ),
             out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
-        )(self.values, kernel)
+        )(self.values, kernel, *gate)
 
     def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
         nodes = self.mesh.nodes
@@ -81,7 +100,7 @@ class Readable:
         return jnp.reshape(ys, (*ys.shape[:-2], -1))
 
 
-def expand_mask(mask: Bool[Array, "n c_in"], c_out: int) -> Bool[Array, "c_in c_out"]:
+def expand_mask(mask: Shaped[Array, "n c_in"], c_out: int) -> Shaped[Array, "c_in c_out"]:
     """The weight mask ``[c_in, c_out]`` of a node mask: column ``o`` is the row of o's owner.
 
     >>> expand_mask(jnp.array([[True, False], [True, True]]), 4).astype(int).tolist()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from disco_jax.exchange import Exchange, Reader
@@ -16,7 +17,7 @@ from disco_jax.gather import AllGather
 from disco_jax.packed import PackedExchange
 from disco_jax.readable import recording
 
-Images = jax.Array | jax.ShapeDtypeStruct
+Images = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:

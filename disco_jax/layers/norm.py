@@ -154,8 +154,9 @@ class LayerNorm(nnx.LayerNorm):
         if self.statistics is None:
             return _scale_and_shift(self, x, per_node(self._normalise, wide, mesh=self.mesh))
         mean, variance = self.statistics(wide)
-        alive = jnp.arange(x.shape[-1]) < self.statistics.features
-        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * alive
+        y = (wide - mean) * lax.rsqrt(variance + self.epsilon)
+        if self.statistics.features < x.shape[-1]:  # dead channels stay 0
+            y *= jnp.arange(x.shape[-1]) < self.statistics.features
         return _scale_and_shift(self, x, y)
 
     def _normalise(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
