@@ -162,11 +162,11 @@ LIBRARY = {
     ),
     "score": (
         lambda: dj.sparsify.prune(conv(), 0.5, "l3"),
-        r"`score` \(='l3'\) must be one of l1, l2, random",
+        r"`score` \(='l3'\) must be one of activation, l1, l2, none, random",
     ),
     "score_option": (
         lambda: dj.sparsify.prune(conv(), 0.5, scroe="random"),
-        r"`score` 'l2' does not take \['scroe'\]; it takes nothing",
+        r"`budget` 'uniform' does not take \['scroe'\]; it takes nothing",
     ),
     "nothing_to_prune": (
         lambda: dj.sparsify.prune(nnx.Linear(2, 2, rngs=R), 0.5),
@@ -174,7 +174,7 @@ LIBRARY = {
     ),
     "schedule": (
         lambda: transform(schedule="cosine"),
-        r"`schedule` \(='cosine'\) must be one of one_shot, cubic",
+        r"`schedule` \(='cosine'\) must be one of constant, cubic",
     ),
     "every": (lambda: transform(every=0), r"`every` \(=0\) must be at least 1"),
     "unnamed": (

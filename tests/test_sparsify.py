@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import disco_jax as dj
 from disco_jax.partition import owned
-from disco_jax.sparsify import SparseExchangeState, uniform
+from disco_jax.sparsify import SparseExchangeState, by_cost, uniform
 
 
 @given(
@@ -24,7 +24,8 @@ from disco_jax.sparsify import SparseExchangeState, uniform
 def test_uniform_budget(nodes, block, density, seed):
     """A ceiling, the same for every node, level over the hops, best scores first."""
     scores = np.random.default_rng(seed).random((nodes, nodes * block))
-    mask = np.asarray(uniform(jnp.asarray(scores, jnp.float32), density))
+    scores_of = {"a": jnp.asarray(scores, jnp.float32)}
+    mask = np.asarray(uniform(scores_of, {"a": 1.0}, {"a": density})["a"])
     own = owned(nodes * block, nodes)
     assert mask[own].all()
     remote = (mask & ~own).sum(1)
@@ -43,9 +44,10 @@ def test_uniform_budget(nodes, block, density, seed):
 
 def test_dead_channels_are_never_read():
     exchange = dj.Exchange(10, mesh=dj.NodeMesh(4), pad=True)
-    mask = uniform(jnp.ones((4, 12)), 1.0, features=10)
-    assert not np.asarray(mask)[:3, 10:].any()
-    np.testing.assert_array_equal(mask, exchange.full_mask())
+    scores = jnp.where(np.arange(12) < 10, jnp.ones((4, 12)), -jnp.inf)
+    for budget in (uniform, by_cost):
+        mask = budget({"a": scores}, {"a": 1.0}, {"a": 1.0})["a"]
+        np.testing.assert_array_equal(mask, exchange.full_mask())
     exchange.set_mask(jnp.ones((4, 12), bool))
     np.testing.assert_array_equal(exchange.mask[...], exchange.full_mask())
 

@@ -1,36 +1,58 @@
-"""How the density falls during training: pure functions of the step."""
+"""How the density falls during training: pure functions of the update.
+
+A schedule maps the share of the way ``t = update / steps`` to how much of ``1 - density`` is still
+there: 1 is the dense split, 0 the final density ``s``. The density is ``s + (1 - s) · left(t)``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 
 
-def one_shot(density: float, steps: int) -> Schedule:
-    """Everything at once: 1 before step 0, ``density`` from then on.
+def one_shot(t: Float[Array, ""]) -> Float[Array, ""]:
+    """Dense before ``t = 1``, everything at once there.
 
-    >>> float(one_shot(0.25, steps=10)(0))
-    0.25
+    >>> [float(one_shot(t)) for t in (0.0, 0.9, 1.0)]
+    [1.0, 1.0, 0.0]
     """
-    return lambda step: jnp.full((), density)
+    return jnp.where(t < 1, 1.0, 0.0)
 
 
-def cubic(density: float, steps: int) -> Schedule:
-    """``s + (1 - s)(1 - t/T)³``: fast at first, slow at the end (Zhu & Gupta 2017).
+def constant(t: Float[Array, ""]) -> Float[Array, ""]:
+    """The final density from the first update on; what is kept may still change.
 
-    >>> [round(float(cubic(0.2, steps=10)(t)), 3) for t in (0, 5, 10, 11)]
-    [1.0, 0.3, 0.2, 0.2]
+    >>> float(constant(0.0))
+    0.0
     """
-
-    def schedule(step: Int[Array, ""]) -> Float[Array, ""]:
-        left = 1 - jnp.clip(step / max(steps, 1), 0, 1)
-        return density + (1 - density) * left**3
-
-    return schedule
+    return jnp.zeros_like(t, float)
 
 
-SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {"one_shot": one_shot, "cubic": cubic}
+def linear(t: Float[Array, ""]) -> Float[Array, ""]:
+    """``1 - t``.
+
+    >>> [float(linear(t)) for t in (0.0, 0.25, 1.0, 2.0)]
+    [1.0, 0.75, 0.0, 0.0]
+    """
+    return 1 - jnp.clip(t, 0.0, 1.0)
+
+
+def cubic(t: Float[Array, ""]) -> Float[Array, ""]:
+    """``(1 - t)³``: fast at first, slow at the end (Zhu & Gupta 2017, arXiv 1710.01878).
+
+    >>> [round(float(cubic(t)), 3) for t in (0.0, 0.5, 1.0, 1.1)]
+    [1.0, 0.125, 0.0, 0.0]
+    """
+    return linear(t) ** 3
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "cubic": cubic,
+    "linear": linear,
+    "one_shot": one_shot,
+}

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
-from disco_jax.sparsify.budget import uniform
+from disco_jax.partition import owned
+from disco_jax.readable import expand_mask
+from disco_jax.sparsify.budget import Budget
+from disco_jax.sparsify.choice import Choice, Masks, Rules
+from disco_jax.sparsify.groups import (
+    Kernels,
+    Readers,
+    Scores,
+    group_kernels,
+    kernel_readers,
+    map_kernels,
+)
 from disco_jax.sparsify.schedules import SCHEDULES
-from disco_jax.sparsify.scores import SCORES
-from disco_jax.trace import exchanges, readers
+from disco_jax.sparsify.scores import l2
+from disco_jax.trace import Images, exchanges, readers, trace
 
-Masks = dict[str, Bool[Array, "node channel"]]
-Kernels = dict[str, list[Array]]
-Scores = dict[str, Float[Array, "node channel"]]
-Readers = tuple[tuple[str, str, int], ...]
+REGROW = ("none", "gradient", "feedback")
+MEMORY = 0.9  # of the running means of what gradients say, for each update
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +41,8 @@ class SparseExchangeState:
 
     step: Int[Array, ""]  # int32[], updates so far
     masks: Masks  # bool[node, channel] for each exchange path
+    scores: Scores  # float32[node, channel], running means of scores made of gradients, or {}
+    growth: Scores  # float32[node, channel], running means of gradient norms, or {}
     inner: optax.OptState  # of the wrapped optimiser
     # Static, because an optimiser is given bare arrays when it updates:
     readers: Readers = dataclasses.field(
@@ -45,49 +56,78 @@ def sparse_exchange(
     *,
     density: float,
     steps: int,
-    score: str = "l2",
+    score: str | Mapping[str, Float[Array, "node channel"]] = "l2",
     schedule: str = "cubic",
     every: int = 10,
+    budget: str | Budget = "uniform",
+    costs: Mapping[str, float] | None = None,
+    rules: Rules = (),
+    regrow: str = "none",
+    turnover: float = 0.3,
+    lasso: float = 0.0,
+    norms: Mapping[str, Float[Array, "channel"]] | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Learns which channels cross the link while ``inner`` learns the weights.
 
     Every ``every`` updates, and for the last time after ``steps`` of them, all (node, channel)
-    pairs are scored by the weights that read them and the best are kept, as many as the schedule
-    allows. The masks are optax state: call :func:`apply_masks` after each update so that the model
-    uses them.
+    pairs are scored by the weights that read them and the best are kept, as many as schedule and
+    budget allow. The masks are optax state: call :func:`apply_masks` after each update so that the
+    model uses them.
 
     Args:
       inner: the optimiser of the weights.
-      density: share of remote pairs that is left in the end, 0 to 1.
+      density, score, budget, costs, rules, norms, seed, **options: see :class:`Choice`.
       steps: update after which the masks no longer change.
-      score: a key of ``SCORES``.
       schedule: a key of ``SCHEDULES``.
       every: updates between two choices of masks.
+      regrow: how a dropped pair can return; both ways need ``allow_regrowth(model)`` first.
+        ``"none"``: it stays as it was dropped, up to weight decay. ``"gradient"``: at each choice
+        ``turnover · (1 + cos(π t/T))/2`` of the budget goes to the dropped pairs whose weights have
+        the largest gradient (RigL, Evci et al. 2020; they return with the weights they had, Ma et
+        al. 2021). ``"feedback"``: dropped weights go on learning from the gradient at the masked
+        model, and return when their score has become high enough (Lin et al. 2020).
+      turnover: see ``regrow``.
+      lasso: strength of a group lasso on remote pairs, ``lasso · t/T · Σ ‖w_g‖`` in the loss, that
+        grows until the masks are final (Wen et al. 2016; growing: Wang et al. 2021).
 
     Raises:
       DiscoError: for a density outside [0, 1] or an unknown name; in ``init``, if no parameter
-        says which exchange it reads.
+        says which exchange it reads, or a rule is not used.
     """
-    check_choice(density, score)
-    require(
-        schedule in SCHEDULES,
-        f"`schedule` (={schedule!r}) must be one of {', '.join(SCHEDULES)}; choose one of these",
-    )
-    require(every >= 1, f"`every` (={every}) must be at least 1 update; pass every=1 for each")
-    density_at = SCHEDULES[schedule](density, steps)
+    choice = Choice(density, score, budget, costs, tuple(rules), norms, seed, options)
+    _check_schedule(schedule, every, regrow, turnover)
+    require(lasso >= 0, f"`lasso` (={lasso}) must be 0 (none) or more; choose one, such as 1e-4")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SparseExchangeState:
-        readers, mesh = kernel_readers(params)
+        found, mesh = kernel_readers(params)
         require(
             mesh is not None,
             "`params` hold no kernel that names its exchange; pass nnx.state(model, nnx.Param) of "
             "a model from models.create, or call disco_jax.name_exchanges(model) first",
         )
         assert mesh is not None
-        masks = choose_masks(score_kernels(params, readers, mesh, score), readers, 1.0)
-        step = jnp.zeros((), jnp.int32)
-        return SparseExchangeState(step, masks, inner.init(params), readers, mesh)
+        kernels = group_kernels(params, found)
+        require(
+            regrow == "none" or _allows_regrowth(params),
+            f"`regrow` (={regrow!r}) needs gradients of weights that nobody reads; call "
+            "sparsify.allow_regrowth(model) before the optimiser is made",
+        )
+        zeros = {
+            p: jnp.zeros((mesh.nodes, k[0].shape[-2]), jnp.float32) for p, k in kernels.items()
+        }
+        now = choice.scores(kernels, found, mesh, grads=kernels)
+        return SparseExchangeState(
+            jnp.zeros((), jnp.int32),
+            choice.masks(now, left=1.0),
+            dict(zeros) if choice.needs_gradients() else {},
+            dict(zeros) if regrow == "gradient" else {},
+            inner.init(params),
+            found,
+            mesh,
+        )
 
     def update(
         grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
@@ -97,63 +137,107 @@ def sparse_exchange(
             "`params` is missing; call update(grads, state, params): masks are "
             "chosen by the weights",
         )
-        updates, inner_state = inner.update(grads, state.inner, params, **extra)
-        step = state.step
+        mesh, step = state.mesh, state.step
+        kernels = group_kernels(params, state.readers)
+        given = grads if regrow != "gradient" else _of_kept(grads, state)
+        if lasso:
+            strength = lasso * step / max(steps, 1) * (step < steps)
+            given = _add_lasso(given, params, kernels, state, strength)
+        updates, inner_state = inner.update(given, state.inner, params, **extra)
+        slopes = group_kernels(grads, state.readers)
+
+        def scores() -> Scores:
+            return choice.scores(kernels, state.readers, mesh, grads=slopes)
+
+        def mean(before: Scores, now: Scores) -> Scores:
+            return mesh.replicate(optax.tree.add_scale(now, MEMORY, optax.tree.sub(before, now)))
+
+        averages, growth = state.scores, state.growth
+        if averages:
+            averages = mean(averages, scores())
+        if growth:
+            growth = mean(growth, {p: l2(g, mesh.nodes) for p, g in slopes.items()})
+        # Scores are made whole on every device outside the condition: devices that wait for each
+        # other inside a condition, while others outside do, can wait for ever.
+        ready = averages or (mesh.replicate(scores()) if mesh.distributed else None)
+
+        def choose() -> Masks:
+            now = scores() if ready is None else ready
+            t = step / max(steps, 1) if steps else jnp.ones(())
+            left = SCHEDULES[schedule](t)
+            if not growth:
+                return choice.masks(now, left)
+            swap = turnover * (1 + jnp.cos(jnp.pi * jnp.minimum(t, 1.0))) / 2
+            return choice.regrown(now, growth, state.masks, left, swap)
+
         due = ((step % every == 0) & (step < steps)) | (step == steps)
-        masks = jax.lax.cond(
-            due,
-            lambda scores, _: choose_masks(scores, state.readers, density_at(step)),
-            lambda _, masks: masks,
-            score_kernels(params, state.readers, state.mesh, score),
-            state.masks,
+        masks = jax.lax.cond(due, choose, lambda: state.masks)
+        after = dataclasses.replace(
+            state, step=step + 1, masks=masks, scores=averages, growth=growth, inner=inner_state
         )
-        after = dataclasses.replace(state, step=step + 1, masks=masks, inner=inner_state)
         return updates, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kernel_readers(params: Any) -> tuple[Readers, NodeMesh | None]:
-    """(parameter, exchange, features) of kernels whose metadata names them, and the mesh."""
-    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    data = [(_name(path), v.get_metadata()) for path, v in leaves if _is_variable(v)]
-    named = [(name, metadata) for name, metadata in data if "exchange" in metadata]
-    mesh = named[0][1]["node_mesh"] if named else None
-    return tuple((name, m["exchange"], m["features"]) for name, m in named), mesh
+def _of_kept(grads: Any, state: SparseExchangeState) -> Any:
+    """Gradients of the weights that are read; 0 for the others."""
+    return map_kernels(
+        lambda g, path: g * expand_mask(state.masks[path], g.shape[-1]).astype(g.dtype),
+        grads,
+        state.readers,
+    )
 
 
-def group_kernels(params: Any, readers: Readers) -> Kernels:
-    """The kernels that read each exchange."""
-    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    arrays = {_name(path): v[...] if _is_variable(v) else v for path, v in leaves}
-    groups: Kernels = {}
-    for name, exchange, _ in readers:
-        groups.setdefault(exchange, []).append(arrays[name])
-    return groups
+def _add_lasso(
+    grads: Any, params: Any, kernels: Kernels, state: SparseExchangeState, strength: Array
+) -> Any:
+    """Adds the gradient of ``strength · Σ ‖w_g‖`` over remote pairs: ``strength · w / ‖w_g‖``."""
+    pull = {}
+    for path, group in kernels.items():
+        norms = l2(group, state.mesh.nodes)
+        remote = ~owned(norms.shape[1], state.mesh.nodes)
+        pull[path] = strength * remote / jnp.maximum(norms, 1e-12)
+    pulled = map_kernels(
+        lambda k, path: k * expand_mask(pull[path], k.shape[-1]).astype(k.dtype),
+        jax.tree.map(jnp.asarray, params),
+        state.readers,
+        others=jnp.zeros_like,
+    )
+    return optax.tree.add(grads, pulled)
 
 
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
+def _allows_regrowth(params: Any) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    found = [v.get_metadata() for v in leaves if isinstance(v, nnx.Variable)]
+    return all(m.get("dense_gradient", False) for m in found if "exchange" in m)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def allow_regrowth(model: nnx.Module) -> None:
+    """Gives dropped weights the gradient that they would have if they were read, in place.
 
-
-def score_kernels(params: Any, readers: Readers, mesh: NodeMesh, score: str) -> Scores:
-    """Scores of all exchanges, whole on every device.
-
-    They are computed at every update, outside the condition that chooses masks: devices that
-    wait for each other inside a condition, while others outside do, can wait for ever.
+    What the model computes stays the same.
     """
-    kernels = group_kernels(params, readers)
-    return mesh.replicate({p: SCORES[score](group, mesh.nodes) for p, group in kernels.items()})
+    for exchange in exchanges(model).values():
+        exchange.dense_gradient = True
+    for layers in readers(model).values():
+        for _, layer in layers:
+            layer.kernel.set_metadata(dense_gradient=True)
 
 
-def choose_masks(scores: Scores, readers: Readers, density: float | Array) -> Masks:
-    """Keeps the best pairs of every exchange; dead channels are never read."""
-    features = {exchange: count for _, exchange, count in readers}
-    return {path: uniform(s, density, features[path]) for path, s in scores.items()}
+def wire_costs(model: nnx.Module, images: Images, *, itemsize: int = 4) -> dict[str, float]:
+    """Bytes per example of one channel on one link, for every exchange: positions x ``itemsize``.
+
+    Args:
+      model: a masked model.
+      images: the input, or its ``jax.ShapeDtypeStruct``.
+      itemsize: bytes of the wire dtype.
+    """
+    costs = dict.fromkeys(exchanges(model), 0.0)
+    for record in trace(model, images).exchanges:
+        if record.path in costs:
+            costs[record.path] += record.positions * itemsize
+    return costs
 
 
 def apply_masks(model: nnx.Module, state: Any) -> None:
@@ -169,60 +253,60 @@ def _states(state: Any) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, SparseExchangeState))
 
 
-def prune(model: nnx.Module, density: float, score: str = "l2", **options: Any) -> None:
-    """Sets every mask in place, in one shot, to the best ``density`` of its remote pairs.
+def prune(
+    model: nnx.Module,
+    density: float,
+    score: str | Mapping[str, Float[Array, "node channel"]] = "l2",
+    *,
+    budget: str | Budget = "uniform",
+    costs: Mapping[str, float] | None = None,
+    rules: Rules = (),
+    norms: Mapping[str, Float[Array, "channel"]] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Sets every mask in place, in one shot, to the best ``density`` of the remote pairs.
 
     Args:
       model: a masked model.
-      density: share of the remote (node, channel) pairs of each exchange to keep.
-      score: a key of ``SCORES``.
-      **options: what the score takes (``seed`` for ``"random"``).
+      density, score, budget, costs, rules, norms, seed, **options: see :class:`Choice`.
 
     Raises:
-      DiscoError: for a density outside [0, 1], an unknown score, an option that the score does
-        not take, or a model without masked exchanges.
+      DiscoError: for a density outside [0, 1], an unknown name, a score that needs gradients, or a
+        model without masked exchanges.
     """
-    check_choice(density, score)
-    takes = set(inspect.signature(SCORES[score]).parameters) - {"kernels", "nodes"}
-    require(
-        set(options) <= takes,
-        f"`score` {score!r} does not take {sorted(set(options) - takes)}; it takes "
-        f"{sorted(takes) or 'nothing'}",
-    )
+    choice = Choice(density, score, budget, costs, tuple(rules), norms, seed, options)
     found = exchanges(model)
     require(
         bool(found),
         f"`model` (={type(model).__name__}) has no masked exchange; pass a model made of "
         "disco_jax layers that is not frozen",
     )
-    kernels = {
-        path: [layer.kernel[...] for _, layer in layers]
-        for path, layers in readers(model).items()
-        if layers
-    }
+    reading = {path: layers for path, layers in readers(model).items() if layers}
+    kernels = {path: [layer.kernel[...] for _, layer in layers] for path, layers in reading.items()}
+    named = tuple((path, path, found[path].features) for path in kernels)
+    mesh = next(iter(found.values())).mesh
 
+    @jax.jit  # one program, not one for each shape
     def choose(kernels: dict[str, list[Array]]) -> Masks:
-        return {
-            path: uniform(
-                SCORES[score](group, found[path].mesh.nodes, **options),
-                density,
-                found[path].features,
-            )
-            for path, group in kernels.items()
-        }
+        return choice.masks(choice.scores(kernels, named, mesh))
 
-    for path, mask in jax.jit(choose)(kernels).items():  # one program, not one for each shape
+    for path, mask in choose(kernels).items():
         found[path].set_mask(mask)
 
 
-def check_choice(density: float, score: str) -> None:
-    """Refuses a density or a score that does not exist."""
+def _check_schedule(schedule: str, every: int, regrow: str, turnover: float) -> None:
     require(
-        0 <= density <= 1,
-        f"`density` (={density}) must be between 0 (nodes never talk) and 1 (dense split); "
-        "choose a share, such as 0.2",
+        schedule in SCHEDULES,
+        f"`schedule` (={schedule!r}) must be one of {', '.join(SCHEDULES)}; choose one of these",
+    )
+    require(every >= 1, f"`every` (={every}) must be at least 1 update; pass every=1 for each")
+    require(
+        regrow in REGROW,
+        f"`regrow` (={regrow!r}) must be one of {', '.join(REGROW)}; choose one of these",
     )
     require(
-        score in SCORES,
-        f"`score` (={score!r}) must be one of {', '.join(SCORES)}; choose one of these",
+        0 <= turnover <= 1,
+        f"`turnover` (={turnover}) must be between 0 and 1: the share of the budget that is given "
+        "to dropped pairs; choose one, such as 0.3",
     )
