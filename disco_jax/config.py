@@ -38,18 +38,34 @@ def defaults() -> ConfigDict:
             "ema_decay": 0.0,  # 0: none
         }
     )
+    # weights: a file of interop.pretrained to start from instead of training
     c.dense = ConfigDict({"epochs": 6.0, "learning_rate": 0.05})
+    c.dense.weights = config_dict.placeholder(str)
     c.sparse = ConfigDict(
         {
             "epochs": 3.0,
             "learning_rate": 0.02,
             "density": 0.2,
             "score": "l2",
+            "budget": "uniform",
+            "floor": 0.0,  # by_cost: share of its density that every exchange keeps
+            "charge": 0.0,  # by_cost: bytes that an exchange costs if anything of it survives
+            "rules": (),  # (pattern of exchange paths, {"density": ..., "score": ...})
             "schedule": "cubic",
+            "regrow": "none",
+            "turnover": 0.3,
+            "lasso": 0.0,
             "mask_share": 0.5,  # share of the updates after which the masks are final
             "every": 10,  # updates between two choices of masks
+            "gates": "none",  # or hard_concrete, straight_through: trained for mask_share
+            "gate_learning_rate": 0.05,
+            "post_training": False,  # least squares on the calibration images, no training
+            "assignment": "none",  # "local": strong connections within a node, before any mask
+            "calibration_images": 512,
         }
     )
+    # Of the dense model, while masks are learned: weight 0 and features 0 do without.
+    c.sparse.distill = ConfigDict({"weight": 0.0, "temperature": 4.0, "features": 0.0})
     c.wire_dtype = config_dict.placeholder(str)  # None: send what is computed
     c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
     return c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from ml_collections import ConfigDict
 from disco_jax import models, plan, sparsify, wire
 from disco_jax import report as reports
 from disco_jax.data import sources
-from disco_jax.data.pipeline import Preprocess, training_batches
+from disco_jax.data.pipeline import Preprocess, evaluation_batches, training_batches
 from disco_jax.errors import DiscoError, require
+from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
+from disco_jax.recipe import Recipe
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -61,6 +64,7 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
+        self.recipe = Recipe(config.sparse, self.model, self.images)
         self.phase("dense"), self.phase("sparse")  # what is wrong there is said now
         for split in sources.SPLITS:
             sources.load(data.source, split)
@@ -87,8 +91,9 @@ class Job:
         return json.loads(json.dumps(chosen))  # as a checkpoint gives it back
 
     def phase(self, name: str) -> Phase:
-        """The dense or the sparse phase of the config."""
-        config, schedule = self.config, self.config[name]
+        """The phase ``"dense"``, ``"gates"`` or ``"sparse"`` of the config."""
+        config = self.config
+        schedule = config.dense if name == "dense" else config.sparse
         per_epoch = len(self.train_set) // config.batch_size
         require(
             per_epoch >= 1,
@@ -98,16 +103,14 @@ class Job:
         updates = max(2, round(schedule.epochs * per_epoch))
         if config.max_steps:
             updates = min(updates, config.max_steps)
+        gated = min(round(schedule.get("mask_share", 0) * updates), updates - 1)
+        if self.recipe.gated and name != "dense":
+            updates = max(2, gated if name == "gates" else updates - gated)
         tx = optimizer.make(config.optimizer, schedule.learning_rate, updates, per_epoch)
+        if name == "gates":
+            tx = self.recipe.gate(tx)
         if name == "sparse":
-            tx = sparsify.sparse_exchange(
-                tx,
-                density=schedule.density,
-                steps=min(round(schedule.mask_share * updates), updates - 1),
-                score=schedule.score,
-                schedule=schedule.schedule,
-                every=schedule.every,
-            )
+            tx = self.recipe.transform(tx, gated)
         micro = config.accumulate
         if micro > 1:
             tx = optax.MultiSteps(tx, micro).gradient_transformation()
@@ -122,16 +125,21 @@ class Job:
             ema_decay=config.optimizer.ema_decay,
             accumulate=micro,
             settings=self.settings(name),
+            distill=self.recipe.distillation() if name != "dense" else None,
+            penalty=self.recipe.penalty if name == "gates" else None,
         )
 
     def train(self, name: str) -> None:
         """Runs a phase, from its newest checkpoint where there is one."""
         config = self.config
+        if name == "dense" and config.dense.weights:
+            pretrained.load(self.model, config.dense.weights)
+            return
         batches = training_batches(
             self.train_set,
             self.train_preprocess,
             config.batch_size // config.accumulate,
-            seed=config.seed + (name == "sparse"),
+            seed=config.seed + ("dense", "sparse", "gates").index(name),
         )
         validate = self._validator()
         with self.timed(f"train_{name}"):
@@ -143,6 +151,30 @@ class Job:
                 mesh=self.mesh,
                 workdir=self.workdir,
             )
+
+    def learn(self) -> None:
+        """From the trained dense model to masks and the weights that go with them."""
+        self.recipe.prepare(self.calibration)
+        if self.config.sparse.post_training:
+            with self.timed("post_training"):
+                self.recipe.post_train(self.calibration)
+            self._save("sparse")
+            return
+        if self.recipe.gated:
+            self.train("gates")
+            self.recipe.close()
+        self.train("sparse")
+
+    def calibration(self) -> list[np.ndarray]:
+        """Batches of training images, prepared as for evaluation; their labels are not used."""
+        wanted = min(self.config.sparse.calibration_images, len(self.train_set))
+        batches = evaluation_batches(
+            self.train_set, self.eval_preprocess, self.config.eval_batch_size
+        )
+        return [
+            b["image"]
+            for b in itertools.islice(batches, max(1, wanted // self.config.eval_batch_size))
+        ]
 
     def _validator(self) -> Callable[[nnx.Module], dict[str, float]]:
         held_out = sources.load(self.config.data.source, "validation")
@@ -162,6 +194,18 @@ class Job:
         state, _ = checkpoints.restore(like, settings=phase.settings)
         checkpoints.close()
         state.write_to(self.model)
+
+    def validate(self, run: Any) -> float:
+        """Accuracy on the validation split, by which choices are made."""
+        return self._evaluate(run, sources.load(self.config.data.source, "validation"))["accuracy"]
+
+    def _save(self, name: str) -> None:
+        """Writes the model as the end of a phase that had no training."""
+        phase = self.phase(name)
+        state = TrainState.create(self.model, phase.tx, mesh=self.mesh, ema=phase.ema_decay > 0)
+        checkpoints = Checkpoints(self.workdir / "checkpoints" / name, keep=phase.keep)
+        checkpoints.save(state, data={}, settings=phase.settings)
+        checkpoints.close()
 
     def test(self, run: Any) -> float:
         """Accuracy on the test split, which no choice has looked at."""
@@ -186,7 +230,7 @@ class Job:
         accuracy = {}
         self.train("dense")
         accuracy["dense"] = self.test(plan.Program(self.model))
-        self.train("sparse")
+        self.learn()
         with self.timed("evaluate_masked"):
             accuracy["masked"] = self.test(plan.Program(self.model))
         frozen = self.freeze()
@@ -206,9 +250,9 @@ class Job:
         )
 
     def run_train(self) -> None:
-        """Both phases of training."""
+        """All phases of training."""
         self.train("dense")
-        self.train("sparse")
+        self.learn()
 
     def run_eval(self) -> None:
         """Prints the masked model's test accuracy."""

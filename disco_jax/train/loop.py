@@ -24,7 +24,7 @@ from disco_jax.partition import batch_spec
 from disco_jax.tasks import classification
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.progress import MetricsWriter, console, progress_bar
-from disco_jax.train.step import TrainState, train_step
+from disco_jax.train.step import Distillation, TrainState, train_step
 
 # Whole programs, not one for each operation: programs that are independent of each other but
 # wait for all devices can keep each other's devices busy for ever.
@@ -45,6 +45,7 @@ class Phase:
       keep: checkpoints kept.
       label_smoothing, ema_decay, accumulate: see ``train_step``.
       settings: all that determines the result, stored with the checkpoints.
+      distill, penalty: see ``train_step``.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Phase:
     ema_decay: float
     accumulate: int
     settings: dict[str, Any]
+    distill: Distillation | None = None
+    penalty: Callable[[nnx.Module], jax.Array] | None = None
 
 
 def put_batch(batch: dict[str, Any], mesh: NodeMesh) -> dict[str, jax.Array]:
@@ -110,6 +113,8 @@ def _run(
         label_smoothing=phase.label_smoothing,
         ema_decay=phase.ema_decay,
         accumulate=phase.accumulate,
+        distill=phase.distill,
+        penalty=phase.penalty,
     )
     first, mark, seen = int(state.step), time.perf_counter(), 0
     with progress_bar() as bar:

@@ -12,9 +12,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from disco_jax.exchange import Exchange
 from disco_jax.mesh import NodeMesh
+from disco_jax.readable import recording
 from disco_jax.sparsify import apply_masks
-from disco_jax.tasks import classification
+from disco_jax.tasks import classification, distillation
 
 Batch = dict[str, Array]
 
@@ -49,6 +51,39 @@ class TrainState:
         nnx.update(model, self.params if self.ema is None else self.ema, self.rest)
 
 
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What a model learns from a teacher beside the labels.
+
+    Attributes:
+      teacher: a model with the same exchanges, often the same weights with full masks. It is not
+        changed.
+      weight: share of the soft labels in the loss; the labels have the rest.
+      temperature: of the soft labels.
+      features: weight of the difference between what student and teacher send to the exchanges.
+    """
+
+    teacher: nnx.Module
+    weight: float = 0.9
+    temperature: float = 4.0
+    features: float = 0.0
+
+    def loss(
+        self, labels: Array, logits: Array, seen: list[Array], teacher: tuple[Array, list[Array]]
+    ) -> Float[Array, ""]:
+        """The loss from that of the labels, and what both networks gave."""
+        soft = distillation.soft_labels(logits, teacher[0], self.temperature)
+        loss = (1 - self.weight) * labels + self.weight * soft
+        return loss + self.features * distillation.features(seen, teacher[1])
+
+
+def _observe(model: nnx.Module, images: Array) -> tuple[Array, list[Array]]:
+    """Logits, and the inputs of all exchanges in order."""
+    with recording() as events:
+        logits = model(images)  # type: ignore[operator]
+    return logits, [x for module, x in events if isinstance(module, Exchange)]
+
+
 def train_step(
     model: nnx.Module,
     tx: optax.GradientTransformation,
@@ -57,21 +92,32 @@ def train_step(
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
+    distill: Distillation | None = None,
+    penalty: Callable[[nnx.Module], Float[Array, ""]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Float[Array, ""]]]:
     """Compiles ``state, {"image", "label"} -> state, loss`` for a model and an optimiser.
 
     ``accumulate`` is the number of batches that the optimiser takes for one update. Masks that it
-    carries (``sparse_exchange``) are copied to the model's exchanges.
+    carries (``sparse_exchange``) are copied to the model's exchanges. ``penalty`` is a term of the
+    loss that depends on the model alone.
     The state keeps the placement of the given one, whose memory each step reuses.
     """
     model.train()
     graphdef, _ = nnx.split(model)
+    teacher = _frozen(distill.teacher) if distill else None
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
+    def step(
+        state: TrainState, batch: Batch, teacher_leaves: Any
+    ) -> tuple[TrainState, Float[Array, ""]]:
         def loss_fn(params: nnx.State) -> tuple[Float[Array, ""], nnx.State]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
-            logits = model(batch["image"])
+            logits, seen = _observe(model, batch["image"])
             loss = classification.loss(logits, batch["label"], label_smoothing=label_smoothing)
+            if distill and teacher:
+                shown = _observe(teacher[0](teacher_leaves), batch["image"])
+                loss = distill.loss(loss, logits, seen, jax.lax.stop_gradient(shown))
+            if penalty:
+                loss += penalty(model)
             return loss, nnx.state(model, nnx.Not(nnx.Param))
 
         (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -91,4 +137,16 @@ def train_step(
         return TrainState(state.step + 1, params, rest, opt_state, ema), loss
 
     placement = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
+    leaves = teacher[1] if teacher else ()
+    return lambda state, batch: compiled(state, batch, leaves)
+
+
+def _frozen(model: nnx.Module) -> tuple[Callable[[list[Array]], nnx.Module], list[Array]]:
+    """A model in evaluation mode as a function of its numbers, and copies of these."""
+    model = nnx.clone(model)
+    model.eval()
+    graphdef, state = nnx.split(model)
+    tree: Any
+    leaves, tree = jax.tree.flatten(state)
+    return lambda leaves: nnx.merge(graphdef, tree.unflatten(leaves)), leaves

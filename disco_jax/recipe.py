@@ -1,0 +1,139 @@
+"""How a config's ``sparse`` section learns what to send: what is done before and while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from disco_jax import sparsify
+from disco_jax.errors import require
+from disco_jax.sparsify import gates
+from disco_jax.train.step import Distillation
+
+
+class Recipe:
+    """The steps of learning masks, in order.
+
+    Args:
+      config: the ``sparse`` section of a config.
+      model: what is trained, in place.
+      images: shape of the input, for the costs.
+    """
+
+    def __init__(self, config: ConfigDict, model: nnx.Module, images: jax.ShapeDtypeStruct):
+        self.config, self.model = config, model
+        self.costs = sparsify.wire_costs(model, images)
+        self.teacher: nnx.Module | None = None
+        self.norms: dict[str, jax.Array] | None = None
+        check(config)
+        if config.regrow != "none":
+            sparsify.allow_regrowth(model)
+
+    def prepare(self, images: Callable[[], Iterable[Any]]) -> None:
+        """What happens to the trained dense model before the first mask is chosen."""
+        if self.config.assignment != "none":
+            sparsify.assign(self.model, next(iter(images())))
+        if self._distills:
+            self.teacher = nnx.clone(self.model)
+        if self._needs("activation"):
+            self.norms = sparsify.channel_norms(self.model, images())
+
+    def post_train(self, images: Callable[[], Iterable[Any]]) -> None:
+        """Masks and weights from unlabelled images alone."""
+        c = self.config
+        sparsify.post_training(
+            self.model,
+            list(images()),
+            c.density,
+            budget=c.budget,
+            costs=self.costs,
+            **self._options,
+        )
+
+    def gate(self, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        """Gives the model gates; returns the optimiser of weights and gates."""
+        c = self.config
+        gates.attach(self.model, c.gates, self.costs)
+        gated = optax.adam(c.gate_learning_rate)
+        return optax.multi_transform({"weights": inner, "gates": gated}, gates.is_gate)
+
+    def penalty(self, model: nnx.Module) -> jax.Array:
+        """What traffic beyond the budget costs, while gates are trained."""
+        return gates.penalty(model, self.config.density)
+
+    def close(self) -> None:
+        """Makes masks of the gates."""
+        gates.close(self.model, self.config.density)
+
+    def transform(
+        self, inner: optax.GradientTransformation, steps: int
+    ) -> optax.GradientTransformation:
+        """The optimiser that carries the masks; behind gates these are final already."""
+        c = self.config
+        if self.gated:
+            return inner
+        return sparsify.sparse_exchange(
+            inner,
+            density=c.density,
+            steps=steps,
+            score=c.score,
+            schedule=c.schedule,
+            every=c.every,
+            budget=c.budget,
+            costs=self.costs,
+            rules=tuple((pattern, dict(override)) for pattern, override in c.rules),
+            regrow=c.regrow,
+            turnover=c.turnover,
+            lasso=c.lasso,
+            norms=self.norms,
+            **self._options,
+        )
+
+    def distillation(self) -> Distillation | None:
+        """What is learned from the dense model."""
+        if self.teacher is None:
+            return None
+        return Distillation(self.teacher, **self.config.distill.to_dict())
+
+    @property
+    def gated(self) -> bool:
+        """Whether gates choose the masks."""
+        return self.config.gates != "none"
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        c = self.config
+        return {"floor": c.floor, "charge": c.charge} if c.budget == "by_cost" else {}
+
+    @property
+    def _distills(self) -> bool:
+        return self.config.distill.weight > 0 or self.config.distill.features > 0
+
+    def _needs(self, score: str) -> bool:
+        rules: Any = [override.get("score") for _, override in self.config.rules]
+        return score in (self.config.score, *rules)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses choices that do not exist, or not together, before anything is trained."""
+    for name, allowed in (("assignment", ("none", "local")), ("gates", ("none", *gates.KINDS))):
+        require(
+            config[name] in allowed,
+            f"`sparse.{name}` (={config[name]!r}) must be one of {', '.join(allowed)}; choose one "
+            "of these",
+        )
+    require(
+        not (config.post_training and config.gates != "none"),
+        "`sparse.post_training` and `sparse.gates` exclude each other: gates need training; set "
+        "one of them only",
+    )
+    require(
+        config.calibration_images >= 1,
+        f"`sparse.calibration_images` (={config.calibration_images}) must be at least 1; a few "
+        "hundred are usual",
+    )
