@@ -1,0 +1,210 @@
+"""Accuracy against traffic: every way of choosing what to send, at the same fine-tuning budget.
+
+    python experiments/accuracy_vs_traffic.py --quick        # digits, a few minutes, one seed
+    python experiments/accuracy_vs_traffic.py                # Fashion-MNIST; a night on two cores
+    python experiments/accuracy_vs_traffic.py --figure       # table and figure of what is there
+
+ResNet-20 on Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and
+seed is trained once; every method starts from its weights, fine-tunes for the same number of
+epochs, and may look at the training and validation images only. The test accuracy is measured
+once, at the end of a run. Traffic is that of the frozen plan in float32, fill included. One JSON
+line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are not done
+again, and an interrupted run goes on from its checkpoint. Start the script once for every core,
+with ``--share=0/2`` and ``--share=1/2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from disco_jax import plan
+from disco_jax.interop import pretrained
+from disco_jax.job import Job
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
+CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
+
+DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
+BY_COST = {"budget": "by_cost", "floor": 0.3}
+# What each method changes in the `sparse` section of the config.
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"score": "l2"},
+    "none": {"score": "none"},
+    "random": {"score": "random", "schedule": "constant"},
+    "uniform l2": {"score": "l2"},
+    "uniform l1": {"score": "l1"},
+    "taylor": {"score": "taylor"},
+    "activation": {"score": "activation"},
+    "by cost": {"score": "l2", **BY_COST},
+    "feedback": {"regrow": "feedback"},
+    "regrow": {"regrow": "gradient"},
+    "distilled": DISTILL,
+    "dense distilled": DISTILL,
+    "assigned": {"assignment": "local"},
+    "lasso": {"lasso": 1e-3},
+    "hard concrete": {"gates": "hard_concrete"},
+    "straight through": {"gates": "straight_through"},
+    "post-training": {"post_training": True, "assignment": "local"},
+    "by cost + distilled": {**BY_COST, **DISTILL},
+    "all": {**BY_COST, **DISTILL, "assignment": "local"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One line of the grid. ``times_less`` is the traffic of dense over the budget."""
+
+    width: int
+    nodes: int
+    seed: int
+    method: str
+    times_less: int
+
+    @property
+    def name(self) -> str:
+        method = self.method.replace(" ", "_")
+        return f"w{self.width}-n{self.nodes}-s{self.seed}-{method}-{self.times_less}x"
+
+
+def base_config(width: int, seed: int, quick: bool) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("config", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config()
+    c.model.width, c.seed, c.emulate = width, seed, True
+    c.dense.update(epochs=6.0, learning_rate=0.1)
+    if quick:
+        c.data.source, c.batch_size, c.eval_batch_size = "digits", 32, 120
+    return c
+
+
+def dense_weights(width: int, seed: int, quick: bool, work: Path) -> Path:
+    """Trains the dense network of a width and seed, once."""
+    path = work / f"dense-w{width}-s{seed}.safetensors"
+    if not path.exists():
+        c = base_config(width, seed, quick)
+        c.nodes = 1
+        job = Job(c, work / f"dense-w{width}-s{seed}")
+        job.train("dense")
+        pretrained.save(job.model, path)
+    return path
+
+
+def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
+    c = base_config(run.width, run.seed, quick)
+    c.name, c.nodes = run.name, run.nodes
+    c.dense.weights = str(dense_weights(run.width, run.seed, quick, work))
+    c.optimizer.warmup_epochs = 0.1
+    c.sparse.update(epochs=2.0, learning_rate=0.05, every=20, mask_share=0.5)
+    c.sparse.density = 1.0 if run.method.startswith("dense") else 1 / run.times_less
+    with c.sparse.unlocked():
+        for key, value in METHODS[run.method].items():
+            section, _, name = ("sparse." + key).rpartition(".")
+            (c.sparse if section == "sparse" else c.sparse.distill)[name] = value
+    return c
+
+
+def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
+    folder = work / run.name
+    job = Job(config_of(run, quick, work), folder)
+    start = time.perf_counter()
+    job.train("dense")
+    job.learn()
+    seconds = time.perf_counter() - start
+    program = plan.Program(job.model)
+    validation = job.validate(program)
+    frozen = plan.freeze(job.model, job.images)
+    row = {
+        **dataclasses.asdict(run),
+        "traffic": frozen.plan.traffic_bytes,
+        "dense_traffic": frozen.plan.dense_traffic_bytes,
+        "exchanges": sum(bool(e.hops) for e in frozen.plan.exchanges),
+        "validation": round(100 * validation, 3),
+        "test": round(100 * job.test(program), 3),
+        "seconds": round(seconds),
+    }
+    shutil.rmtree(folder)
+    return row
+
+
+def grid(args: argparse.Namespace) -> list[Run]:
+    """All runs, the seeds of one comparison after each other."""
+    runs = [
+        Run(width, nodes, seed, method, times)
+        for width, nodes, times, method, seed in itertools.product(
+            args.widths, args.nodes, args.times_less, args.methods, args.seeds
+        )
+    ]
+    # What has no budget is run once.
+    once = ("dense", "none", "dense distilled")
+    return [r for r in runs if r.method not in once or r.times_less == args.times_less[0]]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def done(row: dict[str, Any]) -> Run:
+    return Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Mean and standard deviation over the seeds, and the difference to dense of the same seed."""
+    dense = {(r["width"], r["nodes"], r["seed"]): r["test"] for r in rows if r["method"] == "dense"}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["width"], r["nodes"], r["times_less"], r["method"]), []).append(r)
+    for (width, nodes, times, method), found in sorted(groups.items()):
+        tests = np.array([r["test"] for r in found])
+        less = np.mean([r["dense_traffic"] / max(r["traffic"], 1) for r in found])
+        gaps = [r["test"] - dense.get((width, nodes, r["seed"]), np.nan) for r in found]
+        validation = np.mean([r["validation"] for r in found])
+        print(
+            f"width {width:2d} nodes {nodes} {times:3d}x ({less:6.2f}) {method:24s} "
+            f"{tests.mean():.2f} ± {tests.std(ddof=1) if len(tests) > 1 else 0:.2f} "
+            f"({len(found)} seeds) to dense {np.mean(gaps):+.2f}  validation {validation:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--figure", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy_vs_traffic"))
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
+    for name, kind, values in (
+        ("widths", int, [8, 16]),
+        ("nodes", int, [4, 2]),
+        ("times_less", int, [5, 20]),
+        ("seeds", int, [0, 1, 2]),
+        ("methods", str, list(METHODS)),
+    ):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
+    args = parser.parse_args()
+    if not args.figure:
+        args.work.mkdir(parents=True, exist_ok=True)
+        share, of = map(int, args.share.split("/"))
+        for run in grid(args)[share::of]:
+            if run not in map(done, read(args.out)):
+                row = execute(run, args.quick, args.work)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
+    show(read(args.out))
+
+
+if __name__ == "__main__":
+    main()
