@@ -43,7 +43,7 @@ def uniform(scores: Scores, costs: Costs, density: Density) -> Masks:
     paths = [p for p in scores if scores[p].shape[0] > 1]
     if not paths:
         return {p: _own(s) for p, s in scores.items()}
-    sizes = np.array([_columns(scores[p]) for p in paths], np.float32)
+    sizes = np.array([columns(scores[p]) for p in paths], np.float32)
     prices = np.array([costs[p] * scores[p].shape[0] for p in paths], np.float32)
     wanted = jnp.stack([jnp.asarray(density[p], jnp.float32) for p in paths]) * sizes
     # A thousandth of a column makes up for densities that binary fractions cannot hold.
@@ -175,7 +175,7 @@ def _remote(scores: Array) -> int:
     return (nodes - 1) * channels
 
 
-def _columns(scores: Array) -> int:
+def columns(scores: Array) -> int:
     """Columns of an exchange: for every hop, as many as a node owns channels."""
     nodes, channels = scores.shape
     return (nodes - 1) * (channels // nodes)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
-from disco_jax.sparsify.budget import BUDGETS, Budget, relative, uniform
+from disco_jax.sparsify.budget import BUDGETS, Budget, columns, relative, uniform
 from disco_jax.sparsify.groups import Kernels, Readers, Scores, bury_dead, score_groups
 from disco_jax.sparsify.scores import SCORES
 
@@ -138,16 +138,18 @@ class Choice:
         return found
 
     def masks(
-        self, scores: Scores, left: float | Float[Array, ""] = 0.0, share: Any = 1.0
+        self, scores: Scores, left: float | Float[Array, ""] = 0.0, turnover: Any = 0.0
     ) -> Masks:
         """The masks that the budget buys, while ``left`` of the way from dense is still to go.
 
-        ``share`` scales all densities.
+        ``turnover``, of every exchange's budget in whole columns, is not spent.
         """
         rules = self.overrides(list(scores))
         own = {p: rules.get(p, {}).get("density") for p in scores}
         final = {p: self.density if d is None else d for p, d in own.items()}
-        density = {p: share * (s + (1 - s) * left) for p, s in final.items()}
+        density = {p: s + (1 - s) * left for p, s in final.items()}
+        size = {p: max(1, columns(s)) for p, s in scores.items()}
+        density = {p: d - jnp.floor(turnover * d * size[p]) / size[p] for p, d in density.items()}
         costs = self.costs or dict.fromkeys(scores, 1.0)
         budget = partial(self._budget, **self.options)
         fixed = {p: s for p, s in scores.items() if own[p] is not None}
@@ -160,7 +162,7 @@ class Choice:
     ) -> Masks:
         """The same budget; ``turnover`` of it goes to the dropped pairs of highest ``growth``."""
         open_ = {p: jnp.where(masks[p], s, -jnp.inf) for p, s in scores.items()}
-        kept = self.masks(open_, left, share=1 - turnover)
+        kept = self.masks(open_, left, turnover)
         costs = self.costs or dict.fromkeys(scores, 1.0)
         forced = {
             p: jnp.where(
