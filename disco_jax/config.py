@@ -50,6 +50,8 @@ def defaults() -> ConfigDict:
             "budget": "uniform",
             "floor": 0.0,  # by_cost: share of its density that every exchange keeps
             "charge": 0.0,  # by_cost: bytes that an exchange costs if anything of it survives
+            "level": True,  # by_cost: equal counts for all readers, so that packing needs no fill
+            "links": (),  # per_link: for every reader a row, what it may read from every owner
             "rules": (),  # (pattern of exchange paths, {"density": ..., "score": ...})
             "schedule": "cubic",
             "regrow": "none",

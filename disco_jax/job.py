@@ -16,14 +16,14 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import models, plan, sparsify, wire
+from disco_jax import models, plan, wire
+from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import sources
 from disco_jax.data.pipeline import Preprocess, evaluation_batches, training_batches
 from disco_jax.errors import DiscoError, require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
-from disco_jax.recipe import Recipe
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -64,7 +64,7 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
-        self.recipe = Recipe(config.sparse, self.model, self.images)
+        self.recipe = recipes.Recipe(config.sparse, self.model, self.images)
         self.phase("dense"), self.phase("sparse")  # what is wrong there is said now
         for split in sources.SPLITS:
             sources.load(data.source, split)
@@ -141,11 +141,12 @@ class Job:
             config.batch_size // config.accumulate,
             seed=config.seed + ("dense", "sparse", "gates").index(name),
         )
+        phase = self.phase(name)  # may give the model gates, which the validator must know
         validate = self._validator()
         with self.timed(f"train_{name}"):
             fit(
                 self.model,
-                self.phase(name),
+                phase,
                 batches,
                 validate,
                 mesh=self.mesh,
@@ -333,7 +334,7 @@ def check(config: ConfigDict) -> None:
     )
     if config.wire_dtype is not None:
         wire.check_wire_dtype(config.wire_dtype)
-    sparsify.check_choice(config.sparse.density, config.sparse.score)
+    recipes.check(config.sparse)
     require(
         len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),
         f"`data.mean` (={tuple(config.data.mean)}) and `data.std` (={tuple(config.data.std)}) must "

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -13,6 +15,7 @@ from ml_collections import ConfigDict
 from disco_jax import sparsify
 from disco_jax.errors import require
 from disco_jax.sparsify import gates
+from disco_jax.trace import exchanges
 from disco_jax.train.step import Distillation
 
 
@@ -29,10 +32,15 @@ class Recipe:
         self.config, self.model = config, model
         self.costs = sparsify.wire_costs(model, images)
         self.teacher: nnx.Module | None = None
-        self.norms: dict[str, jax.Array] | None = None
         check(config)
+        # Until `prepare` has seen images, all channels are alike: enough to restore what was saved.
+        reading = exchanges(model)
+        self.norms = {path: jnp.ones(e.channels) for path, e in reading.items()}
+        self.scores = {path: jnp.zeros(e.mask.shape) for path, e in reading.items()}
         if config.regrow != "none":
             sparsify.allow_regrowth(model)
+        # What exchanges and rules have to say against it is said now.
+        jax.eval_shape(self.transform(optax.identity(), 1).init, nnx.state(model, nnx.Param))
 
     def prepare(self, images: Callable[[], Iterable[Any]]) -> None:
         """What happens to the trained dense model before the first mask is chosen."""
@@ -40,6 +48,8 @@ class Recipe:
             sparsify.assign(self.model, next(iter(images())))
         if self._distills:
             self.teacher = nnx.clone(self.model)
+        if self.config.score == "reconstruction" and not self.config.post_training:
+            self.scores = sparsify.reconstruction_scores(self.model, images())
         if self._needs("activation"):
             self.norms = sparsify.channel_norms(self.model, images())
 
@@ -52,6 +62,7 @@ class Recipe:
             c.density,
             budget=c.budget,
             costs=self.costs,
+            rules=self._rules,
             **self._options,
         )
 
@@ -81,12 +92,12 @@ class Recipe:
             inner,
             density=c.density,
             steps=steps,
-            score=c.score,
+            score=self.scores if c.score == "reconstruction" else c.score,
             schedule=c.schedule,
             every=c.every,
             budget=c.budget,
             costs=self.costs,
-            rules=tuple((pattern, dict(override)) for pattern, override in c.rules),
+            rules=self._rules,
             regrow=c.regrow,
             turnover=c.turnover,
             lasso=c.lasso,
@@ -108,20 +119,31 @@ class Recipe:
     @property
     def _options(self) -> dict[str, Any]:
         c = self.config
-        return {"floor": c.floor, "charge": c.charge} if c.budget == "by_cost" else {}
+        return {
+            "by_cost": {"floor": c.floor, "charge": c.charge, "level": c.level},
+            "per_link": {"links": np.asarray(c.links, np.float32)},
+        }.get(c.budget, {})
+
+    @property
+    def _rules(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        return tuple((pattern, dict(override)) for pattern, override in self.config.rules)
 
     @property
     def _distills(self) -> bool:
         return self.config.distill.weight > 0 or self.config.distill.features > 0
 
     def _needs(self, score: str) -> bool:
-        rules: Any = [override.get("score") for _, override in self.config.rules]
-        return score in (self.config.score, *rules)
+        return score in (self.config.score, *(rule.get("score") for _, rule in self._rules))
 
 
 def check(config: ConfigDict) -> None:
     """Refuses choices that do not exist, or not together, before anything is trained."""
-    for name, allowed in (("assignment", ("none", "local")), ("gates", ("none", *gates.KINDS))):
+    sparsify.check_choice(config.density, "l2")
+    for name, allowed in (
+        ("assignment", ("none", "local")),
+        ("gates", ("none", *gates.KINDS)),
+        ("score", sorted((*sparsify.SCORES, "reconstruction"))),
+    ):
         require(
             config[name] in allowed,
             f"`sparse.{name}` (={config[name]!r}) must be one of {', '.join(allowed)}; choose one "

@@ -70,11 +70,11 @@ def test_gradient_regrowth_by_hand():
         params = optax.apply_updates(params, updates)
         kept.append(tuple(map(list, remote(state))))
         weights.append(float(params["kernel"][...][2, 0]))
-    # Update 0, all of the budget turned over: dropped are none yet (masks start full), so the pairs
+    # Update 0, all of the budget turned over: none is dropped yet (masks start full), so the pairs
     # with the largest gradient win: channel 2 for node 0 and, with gradients 0, channel 0 for
-    # node 1. Its weight was read before, and moves by 9 at once; channel 2 is then worth |3 - 9| = 6
-    # and more. At the end nothing is turned over, and only what is open is compared: node 1 keeps
-    # channel 0, although the dropped channel 1 has the larger weight.
+    # node 1. Channel 2 is read, so it moves by 9 at once, and is worth |3 - 9| = 6 and more. At the
+    # end nothing is turned over, and only what is open is compared: node 1 keeps channel 0,
+    # although the dropped channel 1 has the larger weight.
     assert kept == [([2], [0]), ([2], [0]), ([2], [0])]
     assert weights == [-6.0, -15.0, -24.0]
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from disco_jax.errors import require
 from disco_jax.partition import owned
 
 Scores = Mapping[str, Float[Array, "node channel"]]
@@ -125,11 +126,21 @@ def per_link(
       links: row ``d``, column ``s`` scales what density and costs allow from ``s`` to ``d``; a slow
         link has less than 1.
 
+    Raises:
+      DiscoError: if ``links`` has not one row and column for each node, or less than 0 somewhere.
+
     >>> scores = {"a": jnp.array([[0., 0., 1., 2.], [4., 3., 0., 0.]])}
     >>> links = np.array([[0., 1.], [2., 0.]])
     >>> per_link(scores, {"a": 1.0}, {"a": 0.5}, links=links)["a"].astype(int).tolist()
     [[1, 1, 0, 1], [1, 1, 1, 1]]
     """
+    links = np.asarray(links)
+    nodes = next((s.shape[0] for s in scores.values()), len(links))
+    require(
+        links.shape == (nodes, nodes) and bool((links >= 0).all()),
+        f"`links` (={links.tolist()}) must have a row and a column for each of the {nodes} nodes, "
+        "and nothing below 0; 1 allows what the density says",
+    )
     masks = {p: _own(s) for p, s in scores.items()}
     for reader, owner in np.argwhere(~np.eye(len(links), dtype=bool)):
         size = [scores[p].shape[1] // len(links) for p in scores]

@@ -1,0 +1,215 @@
+"""What a config's sparse section selects, on a small network and the embedded digits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import disco_jax as dj
+from disco_jax import plan
+from disco_jax.config import defaults
+from disco_jax.interop import pretrained
+from disco_jax.job import Job
+from disco_jax.partition import owned
+from disco_jax.tasks import distillation
+from disco_jax.trace import exchanges, readers
+
+
+def config(**sparse):
+    c = defaults()
+    c.name, c.nodes, c.emulate, c.max_steps = "recipe", 2, True, 4
+    c.model.update(name="resnet20", width=4, in_channels=1)
+    c.data.update(source="digits", size=8)
+    c.batch_size, c.eval_batch_size = 32, 120
+    distill = sparse.pop("distill", {})
+    c.sparse.update({"every": 1, "calibration_images": 120, **sparse})
+    c.sparse.distill.update(distill)
+    return c
+
+
+def open_share(model):
+    """Traffic as a share of the dense split's, by the exchanges' costs."""
+    kept = dense = 0.0
+    costs = dj.sparsify.wire_costs(model, jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32))
+    for path, exchange in exchanges(model).items():
+        remote = ~np.asarray(owned(exchange.channels, exchange.mesh.nodes))
+        kept += costs[path] * (np.asarray(exchange.mask[...]) & remote).sum()
+        dense += costs[path] * remote.sum()
+    return kept / dense
+
+
+RECIPES = {
+    "gates": {"gates": "hard_concrete", "distill": {"weight": 0.5}},
+    "post_training": {"post_training": True, "assignment": "local", "budget": "by_cost"},
+    "all": {
+        "budget": "by_cost",
+        "floor": 0.5,
+        "assignment": "local",
+        "regrow": "gradient",
+        "lasso": 1e-3,
+        "distill": {"weight": 0.9, "features": 1.0},
+    },
+    "reconstruction": {
+        "score": "reconstruction",
+        "regrow": "feedback",
+        "rules": ((r"^blocks\.0", {"density": 0.5}), (r"conv2", {"score": "activation"})),
+    },
+    "activation": {"score": "activation", "schedule": "linear", "budget": "per_link"},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_meets_its_budget_and_is_restored(name, tmp_path):
+    c = config(density=0.5, **RECIPES[name])
+    if c.sparse.budget == "per_link":
+        c.sparse.links = ((0, 1), (1, 0))
+    job = Job(c, tmp_path)
+    job.run_train()
+    assert 0.25 < open_share(job.model) <= 0.5 + 1e-6
+    assert all(e.gate is None for e in exchanges(job.model).values())
+    frozen = plan.freeze(job.model, job.images)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    job.model.eval()
+    np.testing.assert_allclose(frozen(x), job.model(x), rtol=1e-4, atol=1e-4)
+    again = Job(c, tmp_path)  # as another process would
+    again.restore("sparse")
+    again.model.eval()
+    np.testing.assert_allclose(again.model(x), job.model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ({"score": "l3"}, r"`sparse.score` \(='l3'\) must be one of .*reconstruction"),
+        ({"assignment": "global"}, r"`sparse.assignment` \(='global'\) must be one of none, local"),
+        ({"gates": "soft"}, r"`sparse.gates` \(='soft'\) must be one of none, hard_concrete"),
+        ({"calibration_images": 0}, r"`sparse.calibration_images` \(=0\) must be at least 1"),
+        (
+            {"post_training": True, "gates": "hard_concrete"},
+            r"`sparse.post_training` and `sparse.gates` exclude each other",
+        ),
+        ({"budget": "cheap"}, r"`budget` \(='cheap'\) must be one of by_cost, per_link, uniform"),
+        ({"budget": "per_link"}, r"`links` \(=\[\]\) must have a row and a column for each"),
+        ({"schedule": "square"}, r"`schedule` \(='square'\) must be one of"),
+        ({"regrow": "always"}, r"`regrow` \(='always'\) must be one of none, gradient, feedback"),
+        ({"turnover": 2.0}, r"`turnover` \(=2.0\) must be between 0 and 1"),
+        ({"lasso": -1.0}, r"`lasso` \(=-1.0\) must be 0 \(none\) or more"),
+        ({"rules": (("nowhere", {"density": 1.0}),)}, r"`rules` entry 'nowhere' is not used"),
+        ({"rules": (("", {"budget": 1.0}),)}, r"overrides \['budget'\], but only"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_meant_is_refused_before_training(sparse, message, tmp_path):
+    with pytest.raises(dj.DiscoError, match=message):
+        Job(config(**sparse), tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*/*"))
+
+
+def test_dense_weights_from_a_file_start_on_any_number_of_nodes(tmp_path):
+    path = tmp_path / "dense.safetensors"
+    mesh = dj.NodeMesh(1, emulate=True)
+    model = dj.models.create(
+        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(7)
+    )
+    pretrained.save(model, path)
+    c = config()
+    c.dense.weights = str(path)
+    job = Job(c, tmp_path / "work")
+    job.train("dense")
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    model.eval(), job.model.eval()
+    np.testing.assert_allclose(job.model(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class TestPretrained:
+    def model(self, nodes=1, width=4, **options):
+        mesh = dj.NodeMesh(nodes, emulate=True)
+        return dj.models.create(
+            "resnet20", mesh=mesh, width=width, num_classes=10, rngs=nnx.Rngs(nodes), **options
+        )
+
+    def test_dead_channels_are_fitted(self, tmp_path):
+        path, x = tmp_path / "w.safetensors", jax.random.normal(jax.random.key(0), (4, 6))
+
+        class Padded(nnx.Module):
+            def __init__(self, nodes, seed):
+                mesh, rngs = dj.NodeMesh(nodes, emulate=True), nnx.Rngs(seed)
+                self.a = dj.layers.Dense(6, 10, mesh=mesh, pad=True, rngs=rngs)
+                self.norm = dj.layers.BatchNorm(10, mesh=mesh, pad=True, rngs=rngs)
+                self.b = dj.layers.Dense(10, 6, mesh=mesh, pad=True, rngs=rngs)
+
+            def __call__(self, x):
+                return self.b(nnx.relu(self.norm(self.a(x))))
+
+        whole, other, back = Padded(1, 0), Padded(3, 1), Padded(1, 2)
+        for model in (whole, other, back):
+            model.eval()
+        pretrained.save(whole, path)
+        pretrained.load(other, path)
+        np.testing.assert_allclose(other(x), whole(x), rtol=1e-5, atol=1e-5)
+        pretrained.save(other, path)
+        pretrained.load(back, path)
+        np.testing.assert_allclose(back(x), whole(x), rtol=1e-5, atol=1e-5)
+
+    def test_another_model_is_refused_and_nothing_is_loaded(self, tmp_path):
+        path = tmp_path / "w.safetensors"
+        pretrained.save(self.model(), path)
+        other = self.model(width=8)
+        before = np.asarray(other.blocks[0].conv1.kernel[...])
+        with pytest.raises(dj.DiscoError, match=r"has shape .*, but the model's is"):
+            pretrained.load(other, path)
+        np.testing.assert_array_equal(other.blocks[0].conv1.kernel[...], before)
+
+    def test_files_that_are_none(self, tmp_path):
+        path = tmp_path / "w.safetensors"
+        with pytest.raises(dj.DiscoError, match=r"`weights` \(=.*\) cannot be read"):
+            pretrained.load(self.model(), path)
+        path.write_bytes(b"not weights")
+        with pytest.raises(dj.DiscoError, match=r"`weights` \(=.*\) cannot be read"):
+            pretrained.load(self.model(), path)
+
+
+def test_soft_labels_by_hand():
+    student, teacher = jnp.array([[0.0, 2.0]]), jnp.array([[2.0, 0.0]])
+    p = 1 / (1 + np.exp(-1.0))  # softmax of (2, 0) / 2
+    expected = 4 * (2 * p - 1) * 1.0  # T² Σ p log(p/q); log(p/q) = ±1
+    got = distillation.soft_labels(student, teacher, 2.0)
+    assert float(got) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_teacher_is_not_changed_and_a_perfect_student_loses_nothing():
+    import optax
+
+    from disco_jax.train.step import Distillation, TrainState, train_step
+
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create(
+        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
+    )
+    teacher = nnx.clone(model)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(teacher)))
+    state = TrainState.create(model, optax.sgd(0.1), mesh=mesh, ema=False)
+    step = train_step(
+        model, optax.sgd(0.1), state, distill=Distillation(teacher, weight=1.0, features=1.0)
+    )
+    batch = {"image": jnp.ones((4, 8, 8, 1)), "label": jnp.zeros(4, int)}
+    for _ in range(2):
+        state, loss = step(state, batch)
+    assert np.isfinite(loss)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(teacher)))
+    same = distillation.features([jnp.ones((2, 3))], [jnp.ones((2, 3))])
+    assert float(same) == 0
+
+
+def test_readers_of_gates_are_named():
+    """Labels for optax follow the parameters' names."""
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create(
+        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
+    )
+    costs = dj.sparsify.wire_costs(model, jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32))
+    dj.sparsify.gates.attach(model, "straight_through", costs)
+    labels = jax.tree.leaves(dj.sparsify.gates.is_gate(nnx.state(model, nnx.Param)))
+    read = sum(bool(layers) for layers in readers(model).values())
+    assert labels.count("gates") == read + 1  # and the multiplier
