@@ -2,7 +2,7 @@
 
     python experiments/accuracy_vs_traffic.py --quick        # digits, a few minutes, one seed
     python experiments/accuracy_vs_traffic.py                # Fashion-MNIST; a night on two cores
-    python experiments/accuracy_vs_traffic.py --figure       # table and figure of what is there
+    python experiments/accuracy_figure.py                    # table and figure of what is there
 
 ResNet-20 on Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and
 seed is trained once; every method starts from its weights, fine-tunes for the same number of
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from accuracy_figure import read, show
 from ml_collections import ConfigDict
 
 from disco_jax import plan
@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
 CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
 
+RECONSTRUCTION = {"score": "reconstruction", "budget": "by_cost"}
 DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
 BY_COST = {"budget": "by_cost", "floor": 0.3}
 # What each method changes in the `sparse` section of the config.
@@ -58,6 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "straight through": {"gates": "straight_through"},
     "post-training": {"post_training": True, "assignment": "local"},
     "by cost + distilled": {**BY_COST, **DISTILL},
+    "reconstruction": {"score": "reconstruction"},
+    "reconstruction by cost": RECONSTRUCTION,
     "all": {**BY_COST, **DISTILL, "assignment": "local"},
 }
 
@@ -152,36 +155,13 @@ def grid(args: argparse.Namespace) -> list[Run]:
     return [r for r in runs if r.method not in once or r.times_less == args.times_less[0]]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def done(row: dict[str, Any]) -> Run:
     return Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over the seeds, and the difference to dense of the same seed."""
-    dense = {(r["width"], r["nodes"], r["seed"]): r["test"] for r in rows if r["method"] == "dense"}
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for r in rows:
-        groups.setdefault((r["width"], r["nodes"], r["times_less"], r["method"]), []).append(r)
-    for (width, nodes, times, method), found in sorted(groups.items()):
-        tests = np.array([r["test"] for r in found])
-        less = np.mean([r["dense_traffic"] / max(r["traffic"], 1) for r in found])
-        gaps = [r["test"] - dense.get((width, nodes, r["seed"]), np.nan) for r in found]
-        validation = np.mean([r["validation"] for r in found])
-        print(
-            f"width {width:2d} nodes {nodes} {times:3d}x ({less:6.2f}) {method:24s} "
-            f"{tests.mean():.2f} ± {tests.std(ddof=1) if len(tests) > 1 else 0:.2f} "
-            f"({len(found)} seeds) to dense {np.mean(gaps):+.2f}  validation {validation:.2f}"
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--figure", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy_vs_traffic"))
     parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
@@ -194,15 +174,14 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
     args = parser.parse_args()
-    if not args.figure:
-        args.work.mkdir(parents=True, exist_ok=True)
-        share, of = map(int, args.share.split("/"))
-        for run in grid(args)[share::of]:
-            if run not in map(done, read(args.out)):
-                row = execute(run, args.quick, args.work)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    share, of = map(int, args.share.split("/"))
+    for run in grid(args)[share::of]:
+        if run not in map(done, read(args.out)):
+            row = execute(run, args.quick, args.work)
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
     show(read(args.out))
 
 

@@ -68,27 +68,57 @@ def channel_norms(model: nnx.Module, images: Images) -> dict[str, Float[Array, "
     return jax.tree.map(lambda *xs: jnp.sqrt(sum(xs) / len(xs)), *found)
 
 
-def reestimate_statistics(model: nnx.Module, images: Images) -> None:
-    """Replaces the running statistics of batch norms by the means over ``images``, in place.
+def outputs(model: nnx.Module) -> Callable[[nnx.Module, Any], Any]:
+    """Compiles ``model, images -> output`` in evaluation mode, once for all of one structure."""
+    clone = nnx.clone(model)
+    clone.eval()
+    graphdef, _ = nnx.split(clone)
+    run = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))  # type: ignore[operator]
+    return lambda model, images: run(nnx.state(model), images)
+
+
+class Statistics:
+    """The running statistics of batch norms, taken anew; compiled once for one model's structure.
 
     After channels were dropped, the statistics gathered before are those of another network.
     """
-    clone = nnx.clone(model)
-    clone.train()
-    norms = [m for m in _modules(clone) if isinstance(m, nnx.BatchNorm)]
-    for norm in norms:
-        norm.momentum = 0.0  # the statistics of this batch alone
-    graphdef, _ = nnx.split(clone)
 
-    @jax.jit
-    def run(state: Any, batch: Any) -> Any:
-        merged = nnx.merge(graphdef, state)
-        merged(batch)  # type: ignore[operator]
-        return nnx.state(merged, nnx.BatchStat)
+    def __init__(self, model: nnx.Module):
+        clone = nnx.clone(model)
+        clone.train()
+        for module in _modules(clone):
+            if isinstance(module, nnx.BatchNorm):
+                module.momentum = 0.0  # the statistics of this batch alone
+        graphdef, _ = nnx.split(clone)
 
-    found = [run(nnx.state(clone), batch) for batch in images]
-    require(bool(found), "`images` (=no batch) must have at least one batch of images")
-    nnx.update(model, jax.tree.map(lambda *xs: sum(xs) / len(xs), *found))
+        def run(state: Any, batch: Any) -> Any:
+            merged = nnx.merge(graphdef, state)
+            merged(batch)  # type: ignore[operator]
+            return nnx.state(merged, nnx.BatchStat)
+
+        self._run = jax.jit(run)
+
+    def __call__(self, model: nnx.Module, images: Images, *, means_only: bool = False) -> None:
+        """Sets the means over ``images``, in place; ``means_only`` leaves the variances."""
+        found = [self._run(nnx.state(model), batch) for batch in images]
+        require(bool(found), "`images` (=no batch) must have at least one batch of images")
+        new = jax.tree.map(lambda *xs: sum(xs) / len(xs), *found)
+        flat = nnx.to_flat_state(new)
+        kept = [(path, v) for path, v in flat if not (means_only and path[-1] == "var")]
+        nnx.update(model, nnx.from_flat_state(kept))
+
+
+def reestimate_statistics(model: nnx.Module, images: Images) -> None:
+    """Replaces the running statistics of batch norms by the means over ``images``, in place.
+
+    Args:
+      model: a masked model.
+      images: batches.
+
+    Raises:
+      DiscoError: if there is no batch.
+    """
+    Statistics(model)(model, images)
 
 
 def _modules(model: nnx.Module) -> list[Any]:

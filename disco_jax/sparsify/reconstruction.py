@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float
 
 from disco_jax.layers.conv import _windows, pad_input
 from disco_jax.partition import owned
-from disco_jax.sparsify.calibrate import observe, reestimate_statistics
+from disco_jax.sparsify.budget import uniform
+from disco_jax.sparsify.calibrate import Statistics, observe, outputs
 from disco_jax.sparsify.choice import Choice
 from disco_jax.trace import exchanges, readers, trace
 
@@ -92,23 +93,53 @@ def as_kernel(matrix: Float[np.ndarray, "features c_out"], shape: Sequence[int])
 
 
 def reconstruction_scores(
-    model: nnx.Module, images: Images
+    model: nnx.Module, images: Images, *, probe: float = 0.2
 ) -> dict[str, Float[Array, "node channel"]]:
-    """Growth of a reader's output error when the pair is removed, as a share of the output.
+    """What removing a pair does to the model's output, comparable over all exchanges.
 
-    Pairs are removed greedily, so that of two channels that say the same one is worth nothing.
+    Within an exchange: the growth of its readers' output error when pairs are removed greedily, so
+    that of two channels that say the same one is worth nothing. Between exchanges: that error
+    times the sensitivity of the model to it, measured with this exchange alone thinned.
+
+    Args:
+      model: a trained masked model whose masks are full.
+      images: batches; a few hundred images in all.
+      probe: share of the remote pairs that is left when the sensitivity is measured.
     """
     grams = _Grams(model, images)
-    return _scores({path: grams(path, model, model) for path in grams.reading}, model)
+    problems = {path: grams(path, model, model) for path in grams.reading}
+    return _comparable(problems, model, grams.images, probe)
 
 
-def _scores(problems: Mapping[str, list[Problem]], model: nnx.Module) -> dict[str, Array]:
+def _comparable(
+    problems: Mapping[str, list[Problem]],
+    model: nnx.Module,
+    images: Sequence[Float[Array | np.ndarray, "b ..."]],
+    probe: float,
+) -> dict[str, Array]:
+    run = outputs(model)
+    right = [run(model, batch) for batch in images]
     found = {}
     for path, group in problems.items():
         exchange = exchanges(model)[path]
-        scores = eliminate(group, exchange.mesh.nodes, exchange.channels)
-        found[path] = jnp.asarray(scores, jnp.float32)
+        shares = eliminate(group, exchange.mesh.nodes, exchange.channels)
+        mask = np.asarray(uniform({path: jnp.asarray(shares)}, {path: 1.0}, {path: probe})[path])
+        thinned = nnx.clone(model)
+        exchanges(thinned)[path].set_mask(jnp.asarray(mask))
+        _solve_weights(thinned, path, group)
+        harm = np.mean([_distance(run(thinned, x), y) for x, y in zip(images, right, strict=True)])
+        lost = np.sum(shares[~mask])
+        found[path] = jnp.asarray(shares * harm / max(lost, 1e-9), jnp.float32)
     return found
+
+
+def _distance(output: Any, right: Any) -> float:
+    """Squared difference as a share of the right output's energy."""
+    pairs = list(zip(jax.tree.leaves(output), jax.tree.leaves(right), strict=True))
+    return float(
+        sum(jnp.sum(jnp.square(a - b)) for a, b in pairs)
+        / sum(jnp.sum(jnp.square(b)) for _, b in pairs)
+    )
 
 
 def eliminate(
@@ -168,7 +199,8 @@ def post_training(
 
     Reconstruction scores choose the masks under the budget, swaps improve them, then layer by
     layer the weights that are left are solved for what the dense layer gave, from what the layers
-    before now give; at last the statistics of batch norms are taken anew.
+    before now give, and the means of batch norms are taken anew. Their variances stay: least
+    squares shrinks what it is unsure of, and a norm would blow it up again.
 
     Args:
       model: a trained masked model whose masks are full.
@@ -177,9 +209,9 @@ def post_training(
       local_search: whether to swap.
       **choice: ``budget``, ``costs``, ``rules`` and options, see :class:`Choice`.
     """
-    dense, grams = nnx.clone(model), _Grams(model, images)
+    dense, grams, statistics = nnx.clone(model), _Grams(model, images), Statistics(model)
     problems = {path: grams(path, model, model) for path in grams.reading}
-    scores = _scores(problems, model)
+    scores = _comparable(problems, model, grams.images, density)
     options: dict[str, Any] = {
         k: choice.pop(k) for k in ("floor", "charge", "level") if k in choice
     }
@@ -189,7 +221,7 @@ def post_training(
         exchanges(model)[path].set_mask(jnp.asarray(better))
     for path in masks:
         _solve_weights(model, path, grams(path, model, dense))
-    reestimate_statistics(model, images)
+        statistics(model, grams.images, means_only=True)
 
 
 def _solve_weights(model: nnx.Module, path: str, problems: Sequence[Problem]) -> None:
