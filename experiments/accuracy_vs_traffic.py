@@ -34,6 +34,7 @@ from disco_jax.job import Job
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
+DENSE = HERE / "results" / "dense"  # weights from earlier nights, so that these go on
 CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
 
 RECONSTRUCTION = {"score": "reconstruction", "budget": "by_cost"}
@@ -95,7 +96,8 @@ def base_config(width: int, seed: int, quick: bool) -> ConfigDict:
 
 def dense_weights(width: int, seed: int, quick: bool, work: Path) -> Path:
     """Trains the dense network of a width and seed, once."""
-    path = work / f"dense-w{width}-s{seed}.safetensors"
+    known = DENSE / f"dense-w{width}-s{seed}.safetensors"
+    path = known if known.exists() and not quick else work / known.name
     if not path.exists():
         c = base_config(width, seed, quick)
         c.nodes = 1
