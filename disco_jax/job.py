@@ -219,7 +219,9 @@ class Job:
     def freeze(self) -> plan.Frozen:
         """Packs the model for one device per node, and writes ``plan.json``."""
         with self.timed("freeze"):
-            frozen = plan.freeze(self.model, self.images, wire_dtype=self.config.wire_dtype)
+            wire_dtype = self.config.wire_dtype
+            images = self.calibration()[0] if wire.calibrated(wire_dtype) else self.images
+            frozen = plan.freeze(self.model, images, wire_dtype=wire_dtype)
             (self.workdir / "plan.json").write_text(frozen.plan.to_json())
         if not self.mesh.emulated:
             plan.verify(frozen, self.images)

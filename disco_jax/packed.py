@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -64,18 +65,42 @@ def received_channels(hops: tuple[Hop, ...], nodes: int, block: int) -> Int[np.n
     return table
 
 
+class Scale(nnx.Variable):
+    """``float[2, 2, node, channel]``: of what a node sends, and gets, lowest values and steps."""
+
+
 class PackedExchange(Reader):
     """Packed exchange (deployment): only the planned channels move, one ``ppermute`` per hop.
 
     A node's readable block is its own channels, then what each hop brought. Without hops nothing
     moves.
+
+    Args:
+      like: the exchange it replaces.
+      hops: what moves.
+      wire_dtype: how it moves.
+      scale: lowest value and step of every channel, from ``wire.scale``; for int8.
     """
 
-    def __init__(self, like: Reader, hops: tuple[Hop, ...], wire_dtype: str):
+    def __init__(
+        self,
+        like: Reader,
+        hops: tuple[Hop, ...],
+        wire_dtype: str,
+        scale: Float[np.ndarray, "2 c"] | None = None,
+    ):
         super().__init__(like.features, mesh=like.mesh, pad=True)
         self.name = like.name
         self.hops = hops
         self.wire_dtype = wire.check_wire_dtype(wire_dtype)
+        self.scale: Scale | None = nnx.data(None)
+        if scale is not None and hops:
+            block = self.channels // self.mesh.nodes
+            first = np.arange(self.mesh.nodes)[:, None] * block
+            sent = np.concatenate([hop.filled() + first for hop in hops], axis=1)
+            received = np.maximum(received_channels(hops, self.mesh.nodes, block), 0)
+            ends = np.stack([scale[:, sent], scale[:, received]])
+            self.scale = Scale(self.mesh.put(ends, None, None, NODE))
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
@@ -87,23 +112,33 @@ class PackedExchange(Reader):
     def _permute(self, x: Array) -> Array:
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
-            lambda x, *tables: jnp.concatenate(
-                [x, *(self._receive(x, h, t[0]) for h, t in zip(self.hops, tables, strict=True))],
-                axis=-1,
-            ),
+            self._on_node,
             mesh=self.mesh.jax_mesh,
-            in_specs=(spec, *[P(NODE)] * len(self.hops)),  # [b/data, ..., c/n], [1, width] a hop
+            # [b/data, ..., c/n], [1, width] a hop, [2, 2, 1, channels]
+            in_specs=(spec, P(NODE), P(None, None, NODE)),
             out_specs=spec,  # [b/data, ..., r]
-        )(x, *(hop.filled() for hop in self.hops))
+        )(x, [jnp.asarray(hop.filled()) for hop in self.hops], self._scale)
 
-    def _receive(self, x: Array, hop: Hop, channels: Array) -> Array:
-        sent = wire.encode(jnp.take(x, channels, axis=-1, mode="clip"), self.wire_dtype)
-        return wire.decode(lax.ppermute(sent, NODE, hop.pairs), self.wire_dtype, x.dtype)
+    def _on_node(self, x: Array, tables: list[Array], scale: Array | None) -> Array:
+        readable, start = [x], 0
+        for hop, table in zip(self.hops, tables, strict=True):
+            stop = start + hop.width
+            out, back = (None, None) if scale is None else scale[:, :, 0, start:stop]
+            sent = jnp.take(x, table[0], axis=-1, mode="clip")
+            moved = lax.ppermute(wire.encode(sent, self.wire_dtype, out), NODE, hop.pairs)
+            readable.append(wire.decode(moved, self.wire_dtype, x.dtype, back))
+            start = stop
+        return jnp.concatenate(readable, axis=-1)
 
     def _take(self, x: Array) -> Array:
         nodes = self.mesh.nodes
         index = received_channels(self.hops, nodes, self.channels // nodes)
-        sent = wire.encode(jnp.take(x, jnp.maximum(index, 0), axis=-1), self.wire_dtype)
-        received = wire.decode(sent, self.wire_dtype, x.dtype)
+        scale = None if self._scale is None else self._scale[1]
+        sent = wire.encode(jnp.take(x, jnp.maximum(index, 0), axis=-1), self.wire_dtype, scale)
+        received = wire.decode(sent, self.wire_dtype, x.dtype, scale)
         own = jnp.reshape(x, (*x.shape[:-1], nodes, -1))
         return jnp.reshape(jnp.concatenate([own, received], -1), (*x.shape[:-1], -1))
+
+    @property
+    def _scale(self) -> Array | None:
+        return None if self.scale is None else self.scale[...]

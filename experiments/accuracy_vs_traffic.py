@@ -7,10 +7,11 @@
 ResNet-20 on Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and
 seed is trained once; every method starts from its weights, fine-tunes for the same number of
 epochs, and may look at the training and validation images only. The test accuracy is measured
-once, at the end of a run. Traffic is that of the frozen plan in float32, fill included. One JSON
-line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are not done
-again, and an interrupted run goes on from its checkpoint. Start the script once for every core,
-with ``--share=0/2`` and ``--share=1/2``.
+once, of the frozen model, at the end of a run. Traffic is that of its plan, fill included, against
+the dense split in float32. One JSON line per run is appended to
+``results/accuracy_vs_traffic.jsonl``; runs that are there are not done again, and an interrupted
+run goes on from its checkpoint. Start the script once for every core, with ``--share=0/2`` and
+``--share=1/2``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from accuracy_figure import read, show
 from ml_collections import ConfigDict
 
-from disco_jax import plan
+from disco_jax import sparsify, wire
 from disco_jax.interop import pretrained
 from disco_jax.job import Job
 
@@ -37,32 +38,52 @@ RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
 DENSE = HERE / "results" / "dense"  # weights from earlier nights, so that these go on
 CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
 
-RECONSTRUCTION = {"score": "reconstruction", "budget": "by_cost"}
-DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
+ASSIGN = {"assignment": "local"}
 BY_COST = {"budget": "by_cost", "floor": 0.3}
+DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
+GATES = {"gates": "hard_concrete"}
+REGROW = {"regrow": "gradient"}
+ALL = {**ASSIGN, **BY_COST, **DISTILL}
+INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
 # What each method changes in the `sparse` section of the config.
 METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"score": "l2"},
+    "dense": {},
     "none": {"score": "none"},
     "random": {"score": "random", "schedule": "constant"},
-    "uniform l2": {"score": "l2"},
+    "uniform l2": {},
+    "best": {**ALL, **INT8},
+    # What each part adds, alone and together.
+    "all": ALL,
+    "assigned": ASSIGN,
+    "by cost": BY_COST,
+    "gates": GATES,
+    "regrown": REGROW,
+    "distilled": DISTILL,
+    "int8": INT8,
+    "all but assigned": {**BY_COST, **DISTILL},
+    "all but by cost": {**ASSIGN, **DISTILL},
+    "all but distilled": {**ASSIGN, **BY_COST},
+    "all + regrown": {**ALL, **REGROW},
+    "all + gates": {**ASSIGN, **DISTILL, **GATES},
+    # Without labels or training.
+    "one-shot": {},
+    "post-training": {"post_training": True, **ASSIGN, **BY_COST},
+    "best post-training": {"post_training": True, **ASSIGN, **BY_COST, **INT8},
+    # Other choices.
     "uniform l1": {"score": "l1"},
     "taylor": {"score": "taylor"},
     "activation": {"score": "activation"},
-    "by cost": {"score": "l2", **BY_COST},
-    "feedback": {"regrow": "feedback"},
-    "regrow": {"regrow": "gradient"},
-    "distilled": DISTILL,
-    "dense distilled": DISTILL,
-    "assigned": {"assignment": "local"},
-    "lasso": {"lasso": 1e-3},
-    "hard concrete": {"gates": "hard_concrete"},
-    "straight through": {"gates": "straight_through"},
-    "post-training": {"post_training": True, "assignment": "local"},
-    "by cost + distilled": {**BY_COST, **DISTILL},
     "reconstruction": {"score": "reconstruction"},
-    "reconstruction by cost": RECONSTRUCTION,
-    "all": {**BY_COST, **DISTILL, "assignment": "local"},
+    "feedback": {"regrow": "feedback"},
+    "lasso": {"lasso": 1e-3},
+    "straight through": {"gates": "straight_through"},
+}
+QUICK = {
+    "widths": [8],
+    "nodes": [4],
+    "times_less": [5],
+    "seeds": [0],
+    "methods": ["dense", "none", "random", "uniform l2", "all", "best", "best post-training"],
 }
 
 
@@ -90,7 +111,7 @@ def base_config(width: int, seed: int, quick: bool) -> ConfigDict:
     c.model.width, c.seed, c.emulate = width, seed, True
     c.dense.update(epochs=6.0, learning_rate=0.1)
     if quick:
-        c.data.source, c.batch_size, c.eval_batch_size = "digits", 32, 120
+        c.data.source, c.data.size, c.batch_size, c.eval_batch_size = "digits", 16, 32, 120
     return c
 
 
@@ -112,10 +133,13 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     c.name, c.nodes = run.name, run.nodes
     c.dense.weights = str(dense_weights(run.width, run.seed, quick, work))
     c.optimizer.warmup_epochs = 0.1
-    c.sparse.update(epochs=2.0, learning_rate=0.05, every=20, mask_share=0.5)
-    c.sparse.density = 1.0 if run.method.startswith("dense") else 1 / run.times_less
+    c.sparse.update(epochs=2.0, learning_rate=0.05, every=20, mask_share=0.25)
+    changes = dict(METHODS[run.method])
+    c.wire_dtype = changes.pop("wire_dtype", "float32")
+    density = 4 / wire.itemsize(c.wire_dtype) / run.times_less
+    c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
     with c.sparse.unlocked():
-        for key, value in METHODS[run.method].items():
+        for key, value in changes.items():
             section, _, name = ("sparse." + key).rpartition(".")
             (c.sparse if section == "sparse" else c.sparse.distill)[name] = value
     return c
@@ -126,18 +150,19 @@ def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
     job = Job(config_of(run, quick, work), folder)
     start = time.perf_counter()
     job.train("dense")
-    job.learn()
+    if run.method == "one-shot":
+        sparsify.prune(job.model, job.config.sparse.density, costs=job.recipe.costs)
+    else:
+        job.learn()
     seconds = time.perf_counter() - start
-    program = plan.Program(job.model)
-    validation = job.validate(program)
-    frozen = plan.freeze(job.model, job.images)
+    frozen = job.freeze()
     row = {
         **dataclasses.asdict(run),
         "traffic": frozen.plan.traffic_bytes,
         "dense_traffic": frozen.plan.dense_traffic_bytes,
         "exchanges": sum(bool(e.hops) for e in frozen.plan.exchanges),
-        "validation": round(100 * validation, 3),
-        "test": round(100 * job.test(program), 3),
+        "validation": round(100 * job.validate(frozen), 3),
+        "test": round(100 * job.test(frozen), 3),
         "seconds": round(seconds),
     }
     shutil.rmtree(folder)
@@ -153,7 +178,7 @@ def grid(args: argparse.Namespace) -> list[Run]:
         )
     ]
     # What has no budget is run once.
-    once = ("dense", "none", "dense distilled")
+    once = ("dense", "none")
     return [r for r in runs if r.method not in once or r.times_less == args.times_less[0]]
 
 
@@ -163,8 +188,8 @@ def done(row: dict[str, Any]) -> Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="digits, one seed, few methods")
+    parser.add_argument("--out", type=Path, help="JSON lines; --quick keeps them in --work")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy_vs_traffic"))
     parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
     for name, kind, values in (
@@ -175,7 +200,11 @@ def main() -> None:
         ("methods", str, list(METHODS)),
     ):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
+    quick, _ = parser.parse_known_args()
+    if quick.quick:
+        parser.set_defaults(**QUICK, work=Path("runs/accuracy_vs_traffic_quick"))
     args = parser.parse_args()
+    args.out = args.out or (args.work / RESULTS.name if args.quick else RESULTS)
     args.work.mkdir(parents=True, exist_ok=True)
     share, of = map(int, args.share.split("/"))
     for run in grid(args)[share::of]:

@@ -193,6 +193,10 @@ LIBRARY = {
         lambda: frozen(mesh=mesh(4)),
         r"`nodes` of the mesh \(=4\) must be those of the model \(=2\).*NodeMesh\(nodes=2\)",
     ),
+    "int8 without images": (
+        lambda: dj.freeze(conv(), jax.ShapeDtypeStruct((1, 4, 4, 4), "f4"), wire_dtype="int8"),
+        r"`images` \(=a ShapeDtypeStruct\) must be images where wire_dtype='int8'",
+    ),
     "wire": (
         lambda: frozen(wire_dtype="int3"),
         r"`wire_dtype` \(='int3'\) must be one of float64.*wire_dtype=None",

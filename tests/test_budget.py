@@ -71,6 +71,13 @@ def test_uniform_gives_the_remainder_to_the_largest_shares_first():
     assert {p: int(m.sum()) - 6 for p, m in masks.items()} == {"a": 2, "b": 4, "c": 2}
 
 
+def test_uniform_without_costs_rounds_down():
+    """What a channel costs is not known: spreading the rest could cost more than it left."""
+    scores = {p: jnp.ones((2, 6)) for p in "abc"}
+    masks = uniform(scores, None, {"a": 0.5, "b": 0.6, "c": 0.4})
+    assert {p: int(m.sum()) - 6 for p, m in masks.items()} == {"a": 2, "b": 2, "c": 2}
+
+
 def test_by_cost_is_the_best_choice_of_columns():
     """Against all subsets of a small problem in which greed is optimal (equal prices)."""
     rng = np.random.default_rng(0)

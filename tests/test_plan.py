@@ -58,17 +58,39 @@ def test_uneven_masks(nodes):
     dj.verify(dj.freeze(model, jnp.zeros((2, 32, 32, 3))), jnp.zeros((2, 32, 32, 3)))
 
 
-@pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
+WIRES = {"float32": (4, 1e-6), "float16": (2, 1e-3), "bfloat16": (2, 1e-2), "int8": (1, 1e-2)}
+
+
+@pytest.mark.parametrize("wire", WIRES)
 def test_wire_dtypes_really_travel(wire):
     mesh = dj.NodeMesh(2, emulate=False)
     layer = dj.layers.Conv(8, 8, (3, 3), mesh=mesh, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
     frozen = dj.freeze(layer, x, wire_dtype=wire)
-    assert frozen.plan.traffic_bytes == 6 * 6 * 8 * {"float32": 4}.get(wire, 2)
+    assert frozen.plan.traffic_bytes == 6 * 6 * 8 * WIRES[wire][0]
     dj.verify(frozen, x)
     emulated = dj.freeze(layer, x, wire_dtype=wire, mesh=dj.NodeMesh(2, emulate=True))
     close(frozen(x), emulated(x), 1e-5)
-    close(frozen(x), layer(x), {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[wire])
+    close(frozen(x), layer(x), WIRES[wire][1])
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_int8_travels_within_half_a_step(nodes):
+    """Uneven masks: every node reads its own channels exactly, others to half a step."""
+    mesh = dj.NodeMesh(nodes, emulate=False)
+    layer = dj.layers.Dense(16, 16, mesh=mesh, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    layer.exchange.set_mask(random_mask(layer.exchange, 0.5))
+    x = jnp.asarray(rng.normal(size=(64, 16)) * rng.uniform(0.01, 10, 16), jnp.float32)
+    frozen = dj.freeze(layer, x, wire_dtype="int8")
+    dj.verify(frozen, x)
+    mask = np.asarray(layer.exchange.mask[...])
+    step = (np.ptp(x, axis=0) / 255) * ~owned(16, nodes) * mask
+    kernel = np.abs(np.asarray(layer.kernel[...]))
+    bound = np.einsum("nc,cno->no", step / 2, kernel.reshape(16, nodes, -1)).ravel()
+    error = np.abs(np.asarray(frozen(x)) - np.asarray(layer(x)))
+    assert (error <= bound * 1.01 + 1e-5).all()
+    assert error.max() > bound.max() / 100  # something was rounded
 
 
 class Everything(nnx.Module):

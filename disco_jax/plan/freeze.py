@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange
 from disco_jax.gather import AllGather
@@ -19,6 +20,7 @@ from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
+from disco_jax.sparsify.calibrate import observe
 from disco_jax.trace import (
     ExchangeRecord,
     Images,
@@ -79,16 +81,18 @@ def freeze(
 
     Args:
       model: a masked model; it is not changed.
-      images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype are used.
-      wire_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``; None sends what is computed.
+      images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype are used,
+        but for int8, which takes the range of every channel from them: a few hundred images.
+      wire_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``; None sends what is
+        computed.
       mesh: where the packed model is to run, the model's own mesh by default.
 
     Returns:
       The packed model, compiled on its first call.
 
     Raises:
-      DiscoError: if the mesh has another number of nodes, the wire dtype is not one, or the model
-        has no exchange.
+      DiscoError: if the mesh has another number of nodes, the wire dtype is not one or has no
+        images to be calibrated on, or the model has no exchange.
     """
     found = exchanges(model)
     require(
@@ -103,11 +107,12 @@ def freeze(
         f"pass mesh=NodeMesh(nodes={nodes})",
     )
     traced = trace(model, images)
+    scales = _scales(model, images) if wire.calibrated(wire_dtype) else {}
     hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
     packed = nnx.clone(model)
     if mesh is not None:
         move(packed, mesh)
-    _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges})
+    _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges}, scales)
     packed.eval()
     plan = _plan(packed, trace(packed, images))
     return Frozen(packed, plan)
@@ -125,13 +130,37 @@ def move(model: nnx.Module, mesh: NodeMesh) -> None:
                 variable.set_value(mesh.put(np.asarray(value), *spec))
 
 
-def _pack(model: nnx.Module, hops: dict[str, tuple[Hop, ...]], dtypes: dict[str, str]) -> None:
+def _scales(model: nnx.Module, images: Images) -> dict[str, Float[np.ndarray, "2 c"]]:
+    """Lowest value and step of every channel that an exchange is given."""
+    require(
+        not isinstance(images, jax.ShapeDtypeStruct),
+        "`images` (=a ShapeDtypeStruct) must be images where wire_dtype='int8', which is "
+        "calibrated on them; pass an array of a few hundred",
+    )
+
+    def bounds(inputs: dict[str, list[Array]]) -> dict[str, list[tuple[Array, Array]]]:
+        return {
+            path: [(x.min(range(x.ndim - 1)), x.max(range(x.ndim - 1))) for x in xs]
+            for path, xs in inputs.items()
+        }
+
+    found = jax.device_get(observe(model, bounds)(model, images))
+    lows, highs = ({p: [pair[i] for pair in pairs] for p, pairs in found.items()} for i in (0, 1))
+    return {p: wire.scale(np.min(lows[p], 0), np.max(highs[p], 0)) for p in found}
+
+
+def _pack(
+    model: nnx.Module,
+    hops: dict[str, tuple[Hop, ...]],
+    dtypes: dict[str, str],
+    scales: dict[str, Float[np.ndarray, "2 c"]],
+) -> None:
     """Replaces every masked exchange, and the kernels that read it."""
     readable, kernels, layers = [], [], []
     replacement: dict[int, PackedExchange] = {}
     reading = readers(model)
     for path, exchange in exchanges(model).items():
-        new = PackedExchange(exchange, hops[path], dtypes.get(path, "float32"))
+        new = PackedExchange(exchange, hops[path], dtypes.get(path, "float32"), scales.get(path))
         replacement[id(exchange)] = new
         for _, layer in reading[path]:
             readable.append(readable_channels(new.hops, new.mesh.nodes, new.channels))

@@ -26,7 +26,7 @@ Density = Mapping[str, float | Float[Array, ""]]
 Budget = Callable[..., Masks]
 
 
-def uniform(scores: Scores, costs: Costs, density: Density) -> Masks:
+def uniform(scores: Scores, costs: Costs | None, density: Density) -> Masks:
     """The same share of every exchange, level over nodes and hops: ``⌊density · columns⌋``.
 
     What rounding leaves of the total is given to the exchanges with the largest remainders, while
@@ -34,7 +34,8 @@ def uniform(scores: Scores, costs: Costs, density: Density) -> Masks:
 
     Args:
       scores: what each (node, channel) pair is worth, for every exchange.
-      costs: bytes of one channel on one link, for every exchange.
+      costs: bytes of one channel on one link, for every exchange. None leaves what rounding leaves:
+        without costs nobody knows what it would buy.
       density: share of the remote pairs to keep, 0 to 1, for every exchange. A ceiling.
 
     >>> scores = {"a": jnp.array([[0., 0., 1., 2.], [4., 3., 0., 0.]])}
@@ -45,15 +46,16 @@ def uniform(scores: Scores, costs: Costs, density: Density) -> Masks:
     if not paths:
         return {p: _own(s) for p, s in scores.items()}
     sizes = np.array([columns(scores[p]) for p in paths], np.float32)
-    prices = np.array([costs[p] * scores[p].shape[0] for p in paths], np.float32)
     wanted = jnp.stack([jnp.asarray(density[p], jnp.float32) for p in paths]) * sizes
     # A thousandth of a column makes up for densities that binary fractions cannot hold.
     counts = jnp.floor(wanted + 1e-3)
-    left = jnp.sum((wanted - counts) * prices) + 1e-3 * prices.min()
-    remainder = jnp.where(counts < sizes, wanted - counts, -1.0)
-    order = jnp.argsort(-remainder, stable=True)
-    more = _afford(jnp.asarray(prices)[order], (remainder > 1e-3)[order], left)
-    counts = counts.at[order].add(more)
+    if costs is not None:
+        prices = np.array([costs[p] * scores[p].shape[0] for p in paths], np.float32)
+        left = jnp.sum((wanted - counts) * prices) + 1e-3 * prices.min()
+        remainder = jnp.where(counts < sizes, wanted - counts, -1.0)
+        order = jnp.argsort(-remainder, stable=True)
+        more = _afford(jnp.asarray(prices)[order], (remainder > 1e-3)[order], left)
+        counts = counts.at[order].add(more)
     chosen = {p: _level(scores[p], counts[i]) for i, p in enumerate(paths)}
     return {p: chosen[p] if p in chosen else _own(s) for p, s in scores.items()}
 

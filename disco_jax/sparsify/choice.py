@@ -34,7 +34,8 @@ class Choice:
       density: share of the remote (node, channel) pairs that is kept, 0 to 1.
       score: a key of ``SCORES``, or scores themselves, ``[node, channel]`` for every exchange.
       budget: a key of ``BUDGETS``, or a function like those.
-      costs: bytes of a channel on a link for every exchange, from ``wire_costs``; by default 1.
+      costs: bytes of a channel on a link for every exchange, from ``wire_costs``; the budgets
+        that compare exchanges need them.
       rules: ``(pattern, {"density": ..., "score": ...})``: the first pattern that is found in an
         exchange's path (a regular expression) overrides what it names. An exchange with a density
         of its own is not part of the others' budget.
@@ -63,8 +64,8 @@ class Choice:
             f"`budget` (={self.budget!r}) must be one of {', '.join(BUDGETS)}; choose one of these",
         )
         require(
-            self.budget != "by_cost" or self.costs is not None,
-            "`costs` is missing, which budget='by_cost' needs; pass "
+            self.budget not in ("by_cost", "per_link") or self.costs is not None,
+            f"`costs` is missing, which budget={self.budget!r} needs; pass "
             "costs=sparsify.wire_costs(model, images)",
         )
         takes = set(inspect.signature(self._budget).parameters) - {"scores", "costs", "density"}
@@ -150,11 +151,10 @@ class Choice:
         density = {p: s + (1 - s) * left for p, s in final.items()}
         size = {p: max(1, columns(s)) for p, s in scores.items()}
         density = {p: d - jnp.floor(turnover * d * size[p]) / size[p] for p, d in density.items()}
-        costs = self.costs or dict.fromkeys(scores, 1.0)
         budget = partial(self._budget, **self.options)
         fixed = {p: s for p, s in scores.items() if own[p] is not None}
         ranked = {p: s for p, s in scores.items() if own[p] is None}
-        masks = uniform(fixed, costs, density) | budget(ranked, costs, density)
+        masks = uniform(fixed, self.costs, density) | budget(ranked, self.costs, density)
         return {p: masks[p] for p in scores}
 
     def regrown(
@@ -163,11 +163,10 @@ class Choice:
         """The same budget; ``turnover`` of it goes to the dropped pairs of highest ``growth``."""
         open_ = {p: jnp.where(masks[p], s, -jnp.inf) for p, s in scores.items()}
         kept = self.masks(open_, left, turnover)
-        costs = self.costs or dict.fromkeys(scores, 1.0)
         forced = {
             p: jnp.where(
                 kept[p],
-                FORCED * np.float32(costs[p]),
+                FORCED * np.float32(self.costs[p] if self.costs else 1),
                 jnp.where(jnp.isfinite(scores[p]), g, -jnp.inf),
             )
             for p, g in growth.items()

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float
 
 from disco_jax.layers.conv import _windows, pad_input
 from disco_jax.partition import owned
-from disco_jax.sparsify.budget import uniform
+from disco_jax.sparsify.budget import Budget, uniform
 from disco_jax.sparsify.calibrate import Statistics, observe, outputs
-from disco_jax.sparsify.choice import Choice
+from disco_jax.sparsify.choice import Choice, Rules
 from disco_jax.trace import exchanges, readers, trace
 
 Images = Iterable[Float[Array | np.ndarray, "b ..."]]
@@ -193,7 +193,10 @@ def post_training(
     density: float,
     *,
     local_search: bool = True,
-    **choice: Any,
+    budget: str | Budget = "uniform",
+    costs: Mapping[str, float] | None = None,
+    rules: Rules = (),
+    **options: Any,
 ) -> None:
     """Masks, weights and statistics of a trained model from unlabelled images, in place.
 
@@ -207,15 +210,13 @@ def post_training(
       images: batches; a few hundred images in all.
       density: share of the remote pairs that is kept.
       local_search: whether to swap.
-      **choice: ``budget``, ``costs``, ``rules`` and options, see :class:`Choice`.
+      budget, costs, rules, **options: see :class:`Choice`.
     """
     dense, grams, statistics = nnx.clone(model), _Grams(model, images), Statistics(model)
     problems = {path: grams(path, model, model) for path in grams.reading}
     scores = _comparable(problems, model, grams.images, density)
-    options: dict[str, Any] = {
-        k: choice.pop(k) for k in ("floor", "charge", "level") if k in choice
-    }
-    masks = Choice(density, scores, options=options, **choice).masks(scores)
+    choice = Choice(density, scores, budget, costs, tuple(rules), options=options)
+    masks = choice.masks(scores)
     for path, mask in masks.items():
         better = swap(problems[path], np.asarray(mask)) if local_search else mask
         exchanges(model)[path].set_mask(jnp.asarray(better))
