@@ -20,7 +20,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Group = tuple[int, int, int, str]  # width, nodes, times less, method
-WITHOUT_BUDGET = ("dense", "dense distilled", "none")
+WITHOUT_BUDGET = ("dense", "none")
 
 
 def read(path: Path) -> list[Row]:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS / "accuracy_vs_traffic.jsonl")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--methods", nargs="+", default=["dense", "none", "random", "uniform l2", "best"]
+        "--methods", nargs="+", default=["dense", "none", "random", "uniform l2", "all", "best"]
     )
     args = parser.parse_args()
     rows = read(args.rows)
