@@ -6,12 +6,12 @@
 
 ResNet-20 on Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and
 seed is trained once; every method starts from its weights, fine-tunes for the same number of
-epochs, and may look at the training and validation images only. The test accuracy is measured
-once, of the frozen model, at the end of a run. Traffic is that of its plan, fill included, against
-the dense split in float32. One JSON line per run is appended to
-``results/accuracy_vs_traffic.jsonl``; runs that are there are not done again, and an interrupted
-run goes on from its checkpoint. Start the script once for every core, with ``--share=0/2`` and
-``--share=1/2``.
+epochs (two at width 8, one at width 16, which takes three times as long), and may look at the
+training and validation images only. The test accuracy is measured once, of the frozen model, at the
+end of a run. Traffic is that of its plan, fill included, against the dense split in float32. One
+JSON line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are not
+done again, and an interrupted run goes on from its checkpoint. Start the script once for each core,
+with ``--share=0/2`` and ``--share=1/2``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
 DENSE = HERE / "results" / "dense"  # weights from earlier nights, so that these go on
 CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
 
+EPOCHS = {8: 2.0, 16: 1.0}  # of fine-tuning
 ASSIGN = {"assignment": "local"}
 BY_COST = {"budget": "by_cost", "floor": 0.3}
 DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
@@ -133,7 +134,7 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     c.name, c.nodes = run.name, run.nodes
     c.dense.weights = str(dense_weights(run.width, run.seed, quick, work))
     c.optimizer.warmup_epochs = 0.1
-    c.sparse.update(epochs=2.0, learning_rate=0.05, every=20, mask_share=0.25)
+    c.sparse.update(epochs=EPOCHS[run.width], learning_rate=0.05, every=20, mask_share=0.25)
     changes = dict(METHODS[run.method])
     c.wire_dtype = changes.pop("wire_dtype", "float32")
     density = 4 / wire.itemsize(c.wire_dtype) / run.times_less
