@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"score": "none"},
     "random": {"score": "random", "schedule": "constant"},
     "uniform l2": {},
-    "best": {**ALL, **INT8},
+    "best": {**ASSIGN, **BY_COST, **INT8, "distill.weight": 0.5},
     # What each part adds, alone and together.
     "all": ALL,
     "assigned": ASSIGN,
@@ -61,6 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "regrown": REGROW,
     "distilled": DISTILL,
     "int8": INT8,
+    "int8 + assigned + by cost": {**ASSIGN, **BY_COST, **INT8},
+    "all + int8": {**ALL, **INT8},
     "all but assigned": {**BY_COST, **DISTILL},
     "all but by cost": {**ASSIGN, **DISTILL},
     "all but distilled": {**ASSIGN, **BY_COST},

@@ -1,6 +1,6 @@
 """What ``sparse_exchange`` adds to a training step: time and memory, against the same step without.
 
-    python experiments/training_overhead.py [--width=16] [--nodes=4] [--steps=60] [--out=FILE.json]
+    python experiments/training_overhead.py [--width=8] [--nodes=4] [--steps=30] [--out=FILE.json]
 
 ResNet-20, 28x28, batch 128, nodes emulated on one device. The steps with and without take turns, so
 that a drift of the machine's speed hits both alike; the figure is the median of the ratios of
@@ -86,13 +86,15 @@ def measure(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("width", 16), ("nodes", 4), ("batch", 128), ("steps", 60)):
+    for name, default in (("width", 8), ("nodes", 4), ("batch", 128), ("steps", 30)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = {name: measure(args, options) for name, options in WAYS.items()}
-    for name, row in found.items():
-        print(f"{name:16s} " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    found = {}
+    for name, options in WAYS.items():
+        found[name] = measure(args, options)
+        line = "  ".join(f"{key} {value}" for key, value in found[name].items())
+        print(f"{name:16s} {line}", flush=True)
     if args.out:
         command = f"experiments/training_overhead.py --width={args.width} --nodes={args.nodes}"
         args.out.write_text(json.dumps({"command": command, **found}, indent=1) + "\n")
