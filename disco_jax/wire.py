@@ -64,9 +64,9 @@ def decode(
 ) -> Float[Array, "..."]:
     """Converts what travelled back to the dtype computed in.
 
-    >>> s = jnp.asarray(scale(np.array([0.0]), np.array([2.55])))
-    >>> decode(encode(jnp.array([0.5, 9.0]), "int8", s), "int8", "float32", s).round(4).tolist()
-    [0.5, 2.55]
+    >>> s = jnp.asarray(scale(np.array([0.0]), np.array([255.0])))
+    >>> decode(encode(jnp.array([7.3, 999.0]), "int8", s), "int8", "float32", s).tolist()
+    [7.0, 255.0]
     """
     if scale is not None:
         return ((y.astype(jnp.float32) + LEVELS // 2) * scale[1] + scale[0]).astype(dtype)

@@ -26,7 +26,7 @@ def local_share(model):
     return np.mean(shares)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet50"])
 def test_the_networks_function_is_unchanged(name, x64):
     mesh = dj.NodeMesh(4, emulate=True)
     model = dj.models.create(
@@ -40,22 +40,22 @@ def test_the_networks_function_is_unchanged(name, x64):
     dj.sparsify.assign(model, images, restarts=1)
     after = [np.asarray(layer.kernel[...]) for g in readers(model).values() for _, layer in g]
     assert error(model(images), before) < 1e-12
-    assert sum(not np.array_equal(a, b) for a, b in zip(kernels, after, strict=True)) > 10
+    assert sum(not np.array_equal(a, b) for a, b in zip(kernels, after, strict=True)) > 5
     assert local_share(model) > 1.1 * share
 
 
 def test_on_devices_of_their_own():
     distributed, emulated = (
-        dj.models.create("resnet20", mesh=m, width=8, num_classes=10, rngs=nnx.Rngs(0))
+        dj.models.create("resnet8", mesh=m, width=8, num_classes=10, rngs=nnx.Rngs(0))
         for m in meshes(2)
     )
     images = jnp.ones((2, 32, 32, 3))
     for model in (distributed, emulated):
         model.eval()
         dj.sparsify.assign(model, images, restarts=0)
-    kernel = distributed.blocks[3].conv1.kernel[...]
+    kernel = distributed.blocks[1].conv1.kernel[...]
     assert len(kernel.sharding.device_set) == 2
-    np.testing.assert_array_equal(kernel, emulated.blocks[3].conv1.kernel[...])
+    np.testing.assert_array_equal(kernel, emulated.blocks[1].conv1.kernel[...])
 
 
 class Chain(nnx.Module):

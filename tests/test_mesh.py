@@ -75,7 +75,7 @@ import disco_jax as dj
 from flax import nnx
 mesh = dj.NodeMesh(2, emulate=False)
 make = lambda mesh: dj.models.create(
-    "resnet20", mesh=mesh, num_classes=10, width=4, rngs=nnx.Rngs(0))
+    "resnet8", mesh=mesh, num_classes=10, width=4, rngs=nnx.Rngs(0))
 model = make(mesh)
 dj.sparsify.prune(model, 0.5)
 images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

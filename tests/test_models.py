@@ -18,6 +18,7 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "resnet8": 78_042,
     "resnet20": 272_474,
     "resnet56": 855_770,
 }
@@ -30,7 +31,7 @@ def abstract(name, mesh, **kwargs):
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_shapes(name):
     """Built and traced on shapes alone."""
-    cifar = name in ("resnet20", "resnet56")
+    cifar = name in ("resnet8", "resnet20", "resnet56")
     classes = 10 if cifar else 1000
     model = abstract(name, dj.NodeMesh(2), num_classes=classes)
     sizes = [p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))]

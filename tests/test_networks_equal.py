@@ -47,8 +47,11 @@ def cut_plain(plain, model):
             layer.kernel.set_value(jnp.asarray(cut))
 
 
-@pytest.mark.parametrize("nodes", NODES)
-@pytest.mark.parametrize(("name", "width"), [("resnet18", 64), ("resnet50", 16)])
+@pytest.mark.parametrize(
+    ("name", "width", "nodes"),
+    [("resnet18", 64, n) for n in NODES]
+    + [pytest.param("resnet50", 16, n, marks=() if n == 4 else pytest.mark.slow) for n in NODES],
+)
 def test_network(name, width, nodes, x64):
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 64, 64, 3)))
     plain = PlainResNet(name, CLASSES, width=width, dtype=jnp.float64, rngs=nnx.Rngs(0))

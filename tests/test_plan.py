@@ -53,7 +53,7 @@ def test_resnet50_arithmetic():
 def test_uneven_masks(nodes):
     """Nodes that read nothing send no message, and fill is counted as what it is: bytes."""
     mesh = dj.NodeMesh(nodes, emulate=False)
-    model = dj.models.create("resnet20", mesh=mesh, num_classes=10, width=8, rngs=nnx.Rngs(0))
+    model = dj.models.create("resnet8", mesh=mesh, num_classes=10, width=8, rngs=nnx.Rngs(0))
     random_masks(model, 0.5)
     dj.verify(dj.freeze(model, jnp.zeros((2, 32, 32, 3))), jnp.zeros((2, 32, 32, 3)))
 

@@ -19,7 +19,7 @@ from disco_jax.trace import exchanges, readers
 def config(**sparse):
     c = defaults()
     c.name, c.nodes, c.emulate, c.max_steps = "recipe", 2, True, 4
-    c.model.update(name="resnet20", width=4, in_channels=1)
+    c.model.update(name="resnet8", width=4, in_channels=1)
     c.data.update(source="digits", size=8)
     c.batch_size, c.eval_batch_size = 32, 120
     distill = sparse.pop("distill", {})
@@ -110,7 +110,7 @@ def test_dense_weights_from_a_file_start_on_any_number_of_nodes(tmp_path):
     path = tmp_path / "dense.safetensors"
     mesh = dj.NodeMesh(1, emulate=True)
     model = dj.models.create(
-        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(7)
+        "resnet8", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(7)
     )
     pretrained.save(model, path)
     c = config()
@@ -126,7 +126,7 @@ class TestPretrained:
     def model(self, nodes=1, width=4, **options):
         mesh = dj.NodeMesh(nodes, emulate=True)
         return dj.models.create(
-            "resnet20", mesh=mesh, width=width, num_classes=10, rngs=nnx.Rngs(nodes), **options
+            "resnet8", mesh=mesh, width=width, num_classes=10, rngs=nnx.Rngs(nodes), **options
         )
 
     def test_dead_channels_are_fitted(self, tmp_path):
@@ -185,7 +185,7 @@ def test_the_teacher_is_not_changed_and_a_perfect_student_loses_nothing():
 
     mesh = dj.NodeMesh(2, emulate=True)
     model = dj.models.create(
-        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
+        "resnet8", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
     )
     teacher = nnx.clone(model)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(teacher)))
@@ -206,7 +206,7 @@ def test_readers_of_gates_are_named():
     """Labels for optax follow the parameters' names."""
     mesh = dj.NodeMesh(2, emulate=True)
     model = dj.models.create(
-        "resnet20", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
+        "resnet8", mesh=mesh, width=4, num_classes=10, in_channels=1, rngs=nnx.Rngs(0)
     )
     costs = dj.sparsify.wire_costs(model, jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32))
     dj.sparsify.gates.attach(model, "straight_through", costs)

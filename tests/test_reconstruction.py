@@ -82,7 +82,7 @@ def test_patches_are_what_the_kernel_meets():
 @pytest.fixture(scope="module")
 def trained():
     model = dj.models.create(
-        "resnet20", mesh=dj.NodeMesh(2, emulate=True), width=4, num_classes=4, rngs=nnx.Rngs(0)
+        "resnet8", mesh=dj.NodeMesh(2, emulate=True), width=4, num_classes=4, rngs=nnx.Rngs(0)
     )
     randomize(model)
     images = jax.random.normal(jax.random.key(0), (64, 16, 16, 3))

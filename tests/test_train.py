@@ -21,7 +21,7 @@ from disco_jax.train.step import TrainState, train_step
 def tiny_config(**overrides):
     c = defaults()
     c.name = "tiny"
-    c.model.update(name="resnet20", width=4, in_channels=1)
+    c.model.update(name="resnet8", width=4, in_channels=1)
     c.data.update(source="digits", size=8, train_transforms=("random_crop",))
     c.batch_size, c.max_steps = 32, 6
     c.optimizer.ema_decay = 0.9
@@ -95,7 +95,7 @@ def batch(count=8):
 
 def resnet(mesh, **kwargs):
     return dj.models.create(
-        "resnet20", mesh=mesh, num_classes=10, width=4, in_channels=1, rngs=nnx.Rngs(0), **kwargs
+        "resnet8", mesh=mesh, num_classes=10, width=4, in_channels=1, rngs=nnx.Rngs(0), **kwargs
     )
 
 

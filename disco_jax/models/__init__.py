@@ -20,6 +20,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "resnet8": partial(ResNet, BasicBlock, (1, 1, 1), width=16, stem="cifar"),
     "resnet20": partial(ResNet, BasicBlock, (3, 3, 3), width=16, stem="cifar"),
     "resnet56": partial(ResNet, BasicBlock, (9, 9, 9), width=16, stem="cifar"),
 }
