@@ -41,8 +41,8 @@ def dense(scores):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    nodes=st.sampled_from([2, 3, 4]),
-    block=st.integers(1, 4),
+    nodes=st.sampled_from([2, 3]),  # each pair of nodes and block is compiled anew
+    block=st.sampled_from([1, 4]),
     density=st.floats(0, 1),
     seed=st.integers(0, 99),
     budget=st.sampled_from([uniform, by_cost]),

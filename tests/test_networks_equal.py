@@ -47,10 +47,13 @@ def cut_plain(plain, model):
             layer.kernel.set_value(jnp.asarray(cut))
 
 
+QUICK = [("resnet18", 64, 3), ("resnet18", 64, 8), ("resnet50", 16, 4)]
+SLOW = {(name, width, n) for name, width, _ in QUICK for n in NODES}.difference(QUICK)
+
+
 @pytest.mark.parametrize(
     ("name", "width", "nodes"),
-    [("resnet18", 64, n) for n in NODES]
-    + [pytest.param("resnet50", 16, n, marks=() if n == 4 else pytest.mark.slow) for n in NODES],
+    QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in sorted(SLOW)],
 )
 def test_network(name, width, nodes, x64):
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 64, 64, 3)))
