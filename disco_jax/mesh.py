@@ -101,8 +101,17 @@ class NodeMesh:
         return NamedSharding(self.jax_mesh, PartitionSpec(*spec))
 
     def put(self, value: jax.typing.ArrayLike, *spec: str | None) -> jax.Array:
-        """Places an array on this mesh, its axes split as ``spec`` says."""
-        return jax.device_put(value, self.sharding(*spec))
+        """Places an array on this mesh, its axes split as ``spec`` says.
+
+        On several hosts each places its own part of the value that it holds; nothing is sent, so
+        all must hold the same.
+        """
+        sharding = self.sharding(*spec)
+        if sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        # Here device_put would send the whole value round to compare it.
+        local = np.asarray(value)
+        return jax.make_array_from_callback(local.shape, sharding, lambda part: local[part])
 
     def replicate(self, tree: Any) -> Any:
         """Inside ``jax.jit``: every device gets all of every array."""
