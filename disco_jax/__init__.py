@@ -6,7 +6,7 @@ from disco_jax.exchange import Exchange, Local, Mask, Replicated
 from disco_jax.gather import Gather, Statistics
 from disco_jax.mesh import NodeMesh
 from disco_jax.packed import PackedExchange
-from disco_jax.plan import CommunicationPlan, Frozen, freeze, lower, verify
+from disco_jax.plan import CommunicationPlan, Frozen, freeze, load, lower, verify
 from disco_jax.readable import Readable
 from disco_jax.trace import name_exchanges, trace
 from disco_jax.version import __version__
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "freeze",
     "layers",
+    "load",
     "lower",
     "models",
     "name_exchanges",

@@ -1,11 +1,14 @@
 """Where nodes run: chosen for the user where it can be, said plainly where it is too late."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from flax import nnx
 
 import disco_jax as dj
 
@@ -70,7 +73,7 @@ import sys, os
 import jax, numpy as np
 import disco_jax as dj
 from disco_jax import runtime
-port, rank = sys.argv[1:]
+port, rank, directory = sys.argv[1:]
 peers = runtime.connect(f"127.0.0.1:{port}", 2, int(rank))
 from flax import nnx
 mesh = dj.NodeMesh(2, emulate=False)
@@ -88,16 +91,32 @@ dj.sparsify.prune(single, 0.5)
 single.eval()
 expected = np.split(np.asarray(single(images)), 2, -1)[int(rank)]
 assert len(mine) == 1 and np.abs(np.asarray(mine[0]) - expected).max() < 1e-5
+loaded = dj.load(f"{directory}/host-{rank}", mesh)  # with the weights of this node only
+again = [s.data for s in loaded(images).addressable_shards]
+assert np.abs(np.asarray(again[0]) - expected).max() < 1e-5
+try:
+    loaded.save(f"{directory}/again-{rank}")
+except dj.DiscoError as error:
+    assert "is spread over several hosts" in str(error)
+else:
+    raise AssertionError("saved what it does not have")
 frozen(images + int(rank))  # images are not sent round to be compared
 print(mesh, "agrees", flush=True)
 peers.close()
 """
 
 
-def test_two_processes_are_two_nodes():
+def test_two_processes_are_two_nodes(tmp_path):
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create("resnet8", mesh=mesh, num_classes=10, width=4, rngs=nnx.Rngs(0))
+    dj.sparsify.prune(model, 0.5)
+    dj.freeze(model, np.zeros((2, 16, 16, 3), np.float32)).save(tmp_path / "plan")
+    for rank in range(2):
+        ignored = shutil.ignore_patterns(f"node-{1 - rank}.*")
+        shutil.copytree(tmp_path / "plan", tmp_path / f"host-{rank}", ignore=ignored)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    hosts = [python(HOST, port, str(rank)) for rank in range(2)]
+    hosts = [python(HOST, port, str(rank), str(tmp_path)) for rank in range(2)]
     for host in hosts:
         assert output(host).endswith("NodeMesh(nodes=2, data=1, cpu) agrees")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from disco_jax.errors import require
@@ -14,7 +16,7 @@ from disco_jax.mesh import NodeMesh
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from disco_jax.trace import name_exchanges
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
@@ -41,6 +43,9 @@ def create(
       rngs: random streams for the weights.
       **kwargs: what the model itself takes (``width``, ``dtype``, ...).
 
+    Returns:
+      The model; its ``config`` is what it was made of, as JSON.
+
     Raises:
       DiscoError: if there is no such model, or it does not take an argument.
     """
@@ -61,4 +66,6 @@ def create(
         )
         raise
     name_exchanges(model)
+    config = {"name": name, "num_classes": num_classes, **kwargs}
+    model.config = json.dumps(config, default=lambda dtype: jnp.dtype(dtype).name)
     return model

@@ -3,6 +3,7 @@
 from disco_jax.plan.freeze import freeze, move
 from disco_jax.plan.frozen import Frozen, Program, lower
 from disco_jax.plan.hlo import Collective, collectives, verify
+from disco_jax.plan.restore import load
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Program",
     "collectives",
     "freeze",
+    "load",
     "lower",
     "move",
     "verify",

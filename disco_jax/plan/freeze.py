@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,8 +124,8 @@ def move(model: nnx.Module, mesh: NodeMesh) -> None:
         if hasattr(module, "mesh"):
             module.mesh = mesh
         for variable in vars(module).values():
-            if isinstance(variable, nnx.Variable) and isinstance(variable[...], jax.Array):
-                value = variable[...]
+            value = variable.get_value() if isinstance(variable, nnx.Variable) else None
+            if isinstance(value, jax.Array):
                 spec = getattr(value.sharding, "spec", ())
                 variable.set_value(mesh.put(np.asarray(value), *spec))
 
@@ -157,13 +157,11 @@ def _pack(
 ) -> None:
     """Replaces every masked exchange, and the kernels that read it."""
     readable, kernels, layers = [], [], []
-    replacement: dict[int, PackedExchange] = {}
     reading = readers(model)
     for path, exchange in exchanges(model).items():
-        new = PackedExchange(exchange, hops[path], dtypes.get(path, "float32"), scales.get(path))
-        replacement[id(exchange)] = new
+        index = readable_channels(hops[path], exchange.mesh.nodes, exchange.channels)
         for _, layer in reading[path]:
-            readable.append(readable_channels(new.hops, new.mesh.nodes, new.channels))
+            readable.append(index)
             kernels.append(layer.kernel[...])
             layers.append(layer)
     pack = jax.jit(  # one program, not one for each shape
@@ -172,6 +170,20 @@ def _pack(
     )
     for layer, kernel in zip(layers, pack(kernels), strict=True):
         layer.kernel = nnx.Param(kernel)
+    replace_exchanges(model, hops, dtypes, scales)
+
+
+def replace_exchanges(
+    model: nnx.Module,
+    hops: Mapping[str, tuple[Hop, ...]],
+    dtypes: Mapping[str, str],
+    scales: Mapping[str, Float[np.ndarray, "2 c"]],
+) -> None:
+    """Puts a packed exchange where a masked one was, in place; kernels stay as they are."""
+    replacement = {
+        id(e): PackedExchange(e, hops.get(path, ()), dtypes.get(path, "float32"), scales.get(path))
+        for path, e in exchanges(model).items()
+    }
     for _, module in list(modules(model)):
         for name, child in list(vars(module).items()):
             if isinstance(child, Exchange):

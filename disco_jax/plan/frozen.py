@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from disco_jax.errors import DiscoError
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import batch_spec, check_batch
+from disco_jax.plan import artifact
 from disco_jax.plan.spec import CommunicationPlan
 from disco_jax.trace import Images, modules
 
@@ -71,6 +73,16 @@ class Frozen:
     def lower(self, images: Images) -> jax.stages.Lowered:
         """The program that runs."""
         return self._program.lower(images)
+
+    def save(self, directory: Path | str) -> None:
+        """Writes the model to a directory for ``disco_jax.load``.
+
+        A node needs of it ``plan.json``, ``manifest.json`` and the weights in its own file.
+
+        Raises:
+          DiscoError: if the directory exists and is not empty, or cannot be written.
+        """
+        artifact.write(self.model, self.plan, directory)
 
 
 def lower(model: nnx.Module, images: Images) -> jax.stages.Lowered:
