@@ -102,6 +102,7 @@ port, nodes, node, does = sys.argv[1:]
 channels, _ = meet(f"127.0.0.1:{port}", int(nodes), int(node), {"go": {}}, 20.0)
 with Peers(int(node), channels, timeout=1.5):
     print("here", flush=True)
+    sys.stdin.readline()
     if does == "fail":
         raise ValueError("out of paper")
     time.sleep(0.2 if does == "finish" else 60)
@@ -113,6 +114,7 @@ def processes(*does):
     running = [
         subprocess.Popen(
             [sys.executable, "-c", NODE, port, str(len(does)), str(node), what],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -121,6 +123,9 @@ def processes(*does):
     ]
     for process in running:
         assert process.stdout.readline() == "here\n"
+    for process in running:  # nothing goes wrong before all are there
+        process.stdin.write("go\n")
+        process.stdin.flush()
     return running
 
 

@@ -67,11 +67,6 @@ def connect(
     """
     if not _asked_for(coordinator, num_nodes, node_id, interface):
         return Peers(0, {}, timeout=timeout)
-    require(
-        not xla_bridge.backends_are_initialized(),
-        "`connect` comes too late: JAX has computed something already; call "
-        "disco_jax.runtime.connect first",
-    )
     if coordinator is None:
         coordinator, num_nodes, node_id, _ = (
             clusters.ClusterEnv.auto_detect_unset_distributed_params(
@@ -79,6 +74,11 @@ def connect(
             )
         )
     _check(coordinator, num_nodes, node_id)
+    require(
+        not xla_bridge.backends_are_initialized(),
+        "`connect` comes too late: JAX has computed something already; call "
+        "disco_jax.runtime.connect first",
+    )
     assert coordinator is not None
     assert num_nodes is not None
     assert node_id is not None
