@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,14 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
         for name, child in nnx.iter_children(module):
             if not isinstance(child, nnx.Variable):
                 queue.append((f"{path}.{name}" if path else str(name), child))
+
+
+def replace(model: nnx.Module, replacements: Mapping[int, nnx.Module]) -> None:
+    """Puts other modules in the places of some, which are named by their ``id``; in place."""
+    for _, module in list(modules(model)):
+        for name, child in list(vars(module).items()):
+            if id(child) in replacements:
+                setattr(module, name, replacements[id(child)])
 
 
 def exchanges(model: nnx.Module) -> dict[str, Exchange]:

@@ -19,13 +19,14 @@ def meshes(nodes):
 
 
 def randomize(model, seed=0):
-    """Replaces every parameter and statistic of a plain model by random numbers."""
+    """Replaces every parameter and statistic of a model by random numbers, where they are."""
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
         value = rng.normal(size=variable.shape) / np.sqrt(max(1, np.prod(variable.shape[:-1])))
         if path[-1] in ("scale", "var"):
             value = rng.uniform(0.5, 1.5, variable.shape)
-        variable.set_value(jnp.asarray(value, variable.dtype))
+        placed = jax.device_put(jnp.asarray(value, variable.dtype), variable[...].sharding)
+        variable.set_value(placed)
 
 
 def random_mask(exchange, density, seed=0):

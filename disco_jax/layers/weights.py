@@ -81,8 +81,9 @@ def apply_weights(
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = promote_dtype((readable.values, layer.kernel[...], bias), dtype=layer.dtype)
     y = readable.replace(x).apply(op, kernel)
+    y = y if bias is None else y + bias
     note(layer, y)
-    return y if bias is None else y + bias
+    return y
 
 
 def split_channels(

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from disco_jax.errors import DiscoError, require
 from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.plan.fold import folded
 from disco_jax.plan.spec import CommunicationPlan
 from disco_jax.version import __version__
 
@@ -62,6 +63,7 @@ def write(model: nnx.Module, plan: CommunicationPlan, directory: Path | str) -> 
             "disco_jax": __version__,
             "nodes": nodes,
             "model": getattr(model, "config", None),
+            "folded": folded(model),
             "axes": axes,
             "sha256": {name: _checksum(begun / name) for name in files},
         }

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from disco_jax import wire
 from disco_jax.errors import require
-from disco_jax.exchange import Exchange
 from disco_jax.gather import AllGather
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
+from disco_jax.plan.fold import fold_norms
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
 from disco_jax.sparsify.calibrate import observe
@@ -29,6 +29,7 @@ from disco_jax.trace import (
     exchanges,
     modules,
     readers,
+    replace,
     trace,
 )
 
@@ -79,6 +80,8 @@ def freeze(
 ) -> Frozen:
     """Freezes the masks of a model into a plan, and packs the model accordingly.
 
+    Batch normalisations become part of the layers before them, where they can.
+
     Args:
       model: a masked model; it is not changed.
       images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype are used,
@@ -110,6 +113,7 @@ def freeze(
     scales = _scales(model, images) if wire.calibrated(wire_dtype) else {}
     hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
     packed = nnx.clone(model)
+    fold_norms(packed, images)
     if mesh is not None:
         move(packed, mesh)
     _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges}, scales)
@@ -180,14 +184,11 @@ def replace_exchanges(
     scales: Mapping[str, Float[np.ndarray, "2 c"]],
 ) -> None:
     """Puts a packed exchange where a masked one was, in place; kernels stay as they are."""
-    replacement = {
+    replacement: dict[int, nnx.Module] = {
         id(e): PackedExchange(e, hops.get(path, ()), dtypes.get(path, "float32"), scales.get(path))
         for path, e in exchanges(model).items()
     }
-    for _, module in list(modules(model)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, Exchange):
-                setattr(module, name, replacement[id(child)])
+    replace(model, replacement)
 
 
 def _plan(model: nnx.Module, packed: Trace) -> CommunicationPlan:

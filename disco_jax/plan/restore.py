@@ -15,10 +15,11 @@ from disco_jax import models, wire
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan.artifact import PLAN, check_files, read_manifest, read_weights
+from disco_jax.plan.fold import replace_norms
 from disco_jax.plan.freeze import move, replace_exchanges
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.spec import CommunicationPlan
-from disco_jax.trace import exchanges
+from disco_jax.trace import exchanges, modules
 
 
 def load(
@@ -51,6 +52,8 @@ def load(
     check_files(directory, manifest, mine)
     plan = CommunicationPlan.from_json((directory / PLAN).read_text())
     model = _packed_model(plan, _builder(manifest, directory, build))
+    known = dict(modules(model))  # what another network lacks is said by read_weights
+    replace_norms(model, {n: m for n, m in manifest["folded"].items() if n in known and m in known})
     move(model, mesh)
     model.eval()
     read_weights(model, directory, mine, mesh, manifest["axes"])
