@@ -1,6 +1,6 @@
 """Deep vision models split over several small devices that learn what to tell each other."""
 
-from disco_jax import layers, models, plan, sparsify
+from disco_jax import cost, layers, models, plan, runtime, sparsify
 from disco_jax.errors import DiscoError
 from disco_jax.exchange import Exchange, Local, Mask, Replicated
 from disco_jax.gather import Gather, Statistics
@@ -25,6 +25,7 @@ __all__ = [
     "Replicated",
     "Statistics",
     "__version__",
+    "cost",
     "freeze",
     "layers",
     "load",
@@ -32,6 +33,7 @@ __all__ = [
     "models",
     "name_exchanges",
     "plan",
+    "runtime",
     "sparsify",
     "trace",
     "verify",

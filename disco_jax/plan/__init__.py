@@ -4,6 +4,7 @@ from disco_jax.plan.freeze import freeze, move
 from disco_jax.plan.frozen import Frozen, Program, lower
 from disco_jax.plan.hlo import Collective, collectives, verify
 from disco_jax.plan.restore import load
+from disco_jax.plan.share import share
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "load",
     "lower",
     "move",
+    "share",
     "verify",
 ]

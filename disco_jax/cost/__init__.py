@@ -1,0 +1,15 @@
+"""What a plan costs, from the plan alone. Traffic and multiplications it says itself."""
+
+from disco_jax.cost.budget import Latency, latency_budget
+from disco_jax.cost.latency import LinkTime, Prediction, predict
+from disco_jax.cost.link import Link, Links
+
+__all__ = [
+    "Latency",
+    "Link",
+    "LinkTime",
+    "Links",
+    "Prediction",
+    "latency_budget",
+    "predict",
+]

@@ -1,0 +1,69 @@
+"""Links between nodes, as the α-β model of communication sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from disco_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A directed link: ``n`` bytes take ``α + n / β`` (Hockney 1994).
+
+    Attributes:
+      mbit: β, the rate, in Mbit/s.
+      ms: α, the time that an empty message takes, in ms.
+      burst: bytes that a link which has been idle takes at once, before its rate counts. 0 for a
+        wire; more where the rate is imposed by a token bucket (``tc … tbf``, many providers).
+
+    Raises:
+      DiscoError: if the rate is not positive, or another number is negative.
+
+    >>> Link(mbit=100, ms=0.5).seconds(6_250)
+    0.001
+    """
+
+    mbit: float
+    ms: float = 0.2
+    burst: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.mbit > 0 and self.ms >= 0 and self.burst >= 0,
+            f"`link` (={self!r}) must have a positive rate (mbit), and no negative latency (ms) or "
+            "burst (bytes); correct it",
+        )
+
+    @property
+    def bytes_per_second(self) -> float:
+        """β in bytes/s."""
+        return self.mbit * 125_000
+
+    def seconds(self, size: float) -> float:
+        """The time that a message of ``size`` bytes takes on a link that is busy all the time."""
+        return self.ms / 1e3 + size / self.bytes_per_second
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """The links between all nodes: one for every directed pair, or the same for all.
+
+    >>> slow, fast = Link(mbit=10), Link(mbit=100)
+    >>> Links(fast, {(0, 1): slow})[0, 1].mbit
+    10
+    """
+
+    default: Link
+    pairs: Mapping[tuple[int, int], Link] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, pair: tuple[int, int]) -> Link:
+        """The link from the first to the second node."""
+        return self.pairs.get(pair, self.default)
+
+    @classmethod
+    def of(cls, links: Any) -> Links:
+        """Takes a :class:`Link` for all as well."""
+        return links if isinstance(links, cls) else cls(links)

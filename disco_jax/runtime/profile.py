@@ -1,0 +1,195 @@
+"""Measures nodes and links, and holds a plan's predicted latency against the real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.table import Table
+
+from disco_jax.cost import Link, Links, Prediction, predict
+from disco_jax.errors import require
+from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.packed import PackedExchange
+from disco_jax.partition import activation_spec
+from disco_jax.plan import Frozen, share
+from disco_jax.trace import modules
+
+SMALL, LARGE = 64, 256 * 1024  # bytes of the messages that tell α and β apart
+IDLE = 0.2  # seconds after which a token bucket is full again
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What was measured of nodes and links, and of a plan on them.
+
+    Attributes:
+      links: α and β between the nodes.
+      compute_ms: what the slowest node computes.
+      predicted: latency from plan, links and computation.
+      measured_ms: latency of the packed model.
+      exchanges_ms: what each exchange takes alone, encoding and dispatch included.
+    """
+
+    links: Links
+    compute_ms: float
+    predicted: Prediction
+    measured_ms: float
+    exchanges_ms: dict[str, float]
+
+    def __str__(self) -> str:
+        links = Table("link", "latency (ms)", "rate (Mbit/s)", "burst (bytes)")
+        for (a, b), link in sorted(self.links.pairs.items()):
+            links.add_row(f"{a} > {b}", f"{link.ms:.3f}", f"{link.mbit:.1f}", f"{link.burst:,.0f}")
+        times = Table("", "bytes", "predicted (ms)", "measured (ms)")
+        for e in self.predicted.exchanges:
+            alone = self.exchanges_ms.get(e.path)
+            shown = "-" if alone is None else f"{alone:.3f}"
+            times.add_row(e.path, f"{e.traffic_bytes:,}", f"{e.ms:.3f}", shown)
+        times.add_section()
+        times.add_row("computation", "", "", f"{self.compute_ms:.3f}")
+        error = f"{100 * (self.predicted.ms / self.measured_ms - 1):+.1f} %"
+        times.add_row("latency", error, f"{self.predicted.ms:.3f}", f"{self.measured_ms:.3f}")
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(links, times)
+        return capture.get()
+
+
+def profile(frozen: Frozen, images: Float[Array, "b ..."], *, iterations: int = 20) -> Profile:
+    """Measures links, computation and latency; on several hosts all call it at the same time.
+
+    Args:
+      frozen: a packed model on real nodes.
+      images: what it is to run, one example most often.
+      iterations: of which the median counts.
+
+    Raises:
+      DiscoError: if the model is emulated, so that there are no links.
+    """
+    require(
+        frozen.mesh.distributed,
+        f"`frozen` runs on {frozen.mesh}, which has no links; freeze it for a device per node",
+    )
+    compute = compute_ms(frozen, images, iterations)
+    links = measure_links(frozen.mesh)
+    return Profile(
+        links,
+        compute,
+        predict(frozen.plan, links, compute_ms=compute, examples=len(images)),
+        _measure(lambda: frozen(images), iterations, frozen.mesh),
+        exchange_ms(frozen, len(images), iterations),
+    )
+
+
+def compute_ms(frozen: Frozen, images: Any, iterations: int = 20) -> float:
+    """Median time of the slowest node's own computation, without any link."""
+    mesh = frozen.mesh
+    here = [d.process_index == jax.process_index() for d in mesh.jax_mesh.devices[0]]
+    mine = []
+    for node in np.flatnonzero(here).tolist():
+        alone = share(frozen, node)
+        jax.block_until_ready(alone(images))
+        mine.append(1e3 * _median(partial(alone, images), iterations))
+    return _slowest(max(mine), mesh)
+
+
+def exchange_ms(frozen: Frozen, examples: int = 1, iterations: int = 20) -> dict[str, float]:
+    """Median time of each packed exchange by itself, all calls together."""
+    found: dict[str, float] = {}
+    for path, exchange in modules(frozen.model):
+        if not isinstance(exchange, PackedExchange) or not exchange.hops:
+            continue
+        graphdef, state = nnx.split(exchange)
+        run = jax.jit(lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(x).values)
+        calls = next(e.positions for e in frozen.plan.exchanges if e.path == path)
+        found[path] = 0.0
+        for positions in calls:
+            shape = (examples, positions, exchange.channels)
+            spec = activation_spec(len(shape), frozen.mesh)
+            x = frozen.mesh.put(np.zeros(shape, np.float32), *spec)
+            found[path] += _measure(partial(run, state, x), iterations, frozen.mesh)
+    return found
+
+
+def measure_links(mesh: NodeMesh, repeats: int = 5) -> Links:
+    """α and β of every pair of nodes, from messages of two sizes in both directions at once.
+
+    Rounds that follow each other without a pause find the rate, a single large one after a pause
+    finds the burst.
+    """
+    pairs = {}
+    for a, b in itertools.combinations(range(mesh.nodes), 2):
+        link = _measure_pair(mesh, a, b, repeats)
+        pairs[a, b] = pairs[b, a] = link
+    return Links(next(iter(pairs.values())), pairs)
+
+
+def _measure_pair(mesh: NodeMesh, a: int, b: int, repeats: int) -> Link:
+    both = ((a, b), (b, a))
+    small = _rounds(mesh, both, SMALL, 20)
+    few, many = (_rounds(mesh, both, LARGE, n) for n in (1, 5))
+    latency = _slowest(_median(small, repeats), mesh) / 20
+    time_of_few = _slowest(_median(few, repeats, IDLE), mesh)
+    rate = 4 * LARGE / max(1e-9, _slowest(_median(many, repeats, IDLE), mesh) - time_of_few)
+    burst = LARGE - (time_of_few - latency) * rate
+    return Link(8e-6 * rate, 1e3 * latency, float(np.clip(burst, 0, LARGE)))
+
+
+def _rounds(
+    mesh: NodeMesh, pairs: Sequence[tuple[int, int]], size: int, count: int
+) -> Callable[[], Any]:
+    """A program that sends ``size`` bytes over each pair, ``count`` times one after another."""
+
+    def on_node(x: jax.Array) -> jax.Array:
+        for _ in range(count):
+            x = jax.lax.ppermute(x + 1, NODE, pairs)
+        return x
+
+    run = jax.jit(
+        jax.shard_map(
+            on_node,
+            mesh=mesh.jax_mesh,
+            in_specs=P(None, NODE),  # [1, size]
+            out_specs=P(None, NODE),  # [1, size]
+        )
+    )
+    x = mesh.put(np.zeros((1, size * mesh.nodes), np.int8), None, NODE)
+    jax.block_until_ready(run(x))
+    return lambda: run(x)
+
+
+def _median(run: Callable[[], Any], iterations: int, pause: float = 0.0) -> float:
+    seconds = []
+    for _ in range(iterations):
+        time.sleep(pause)
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _measure(run: Callable[[], Any], iterations: int, mesh: NodeMesh) -> float:
+    """Median time in ms of something that has been compiled, or is now, at the slowest node."""
+    jax.block_until_ready(run())
+    return _slowest(1e3 * _median(run, iterations), mesh)
+
+
+def _slowest(value: float, mesh: NodeMesh) -> float:
+    """The largest of what the nodes' processes have measured, on all of them."""
+    own = mesh.sharding(None, NODE)
+    shape = (1, mesh.nodes)
+    values = jax.make_array_from_callback(shape, own, lambda i: np.full((1, 1), value, np.float32))
+    return float(jax.jit(jnp.max, out_shardings=mesh.sharding())(values))
