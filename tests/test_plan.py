@@ -17,7 +17,7 @@ from disco_jax.plan.freeze import plan_hops, readable_channels
 from disco_jax.plan.hlo import Collective
 
 
-@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resnet50(nodes):
     """Full size: collectives and bytes equal the plan's, to the byte; silence at density 0."""
     mesh = dj.NodeMesh(nodes, emulate=False)
