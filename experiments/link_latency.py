@@ -1,18 +1,24 @@
 """Latency of one image over a slow link: ResNet-50 on two hosts of one core each.
 
-    sudo python experiments/link_latency.py [--rates 10 30 100 300 1000] [--iterations=20]
+    pip install -e . onnx onnxruntime
+    sudo python experiments/link_latency.py             # every rate, then memory and streams
+    sudo python experiments/link_latency.py --nodes=4 --rates 100
+    python experiments/link_figure.py                   # table and figure of what is there
 
-Linux and root: the hosts are network namespaces, see ``slow_link.py``. All programs are loaded in
-the same processes and take turns, so that ratios of one line are ratios within one run. Accuracy
-plays no part here: the weights are random, the masks of random scores; what a mask costs depends on
-its size alone.
+Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
+its saved plan in the same processes, and they take turns, so that ratios within one line are ratios
+within one run. One JSON line per rate is appended to ``results/link_latency.jsonl``; rates that are
+there are not measured again. Accuracy plays no part: the weights are random, and what a mask costs
+depends on its size alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,93 +31,164 @@ import slow_link
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 SIZE = 224
 ANSWER = "answer "
-BY_STAGE = [
-    (r"blocks\.[012]\.", 0.05),
-    (r"blocks\.[3-6]\.", 0.1),
-    (r"blocks\.([789]|1[012])\.", 0.3),
-]
+PLANNED = {"ms": 85, "mbit": 100, "link_ms": 0.2, "gmacs": 22, "floor": 0.3}
 WAYS: dict[str, dict[str, Any]] = {
     "dense float32": {"density": 1.0},
     "0.2 float32": {"density": 0.2},
     "0.2 int8": {"density": 0.2, "wire_dtype": "int8"},
-    "by stage int8": {
-        "density": 0.5,
-        "rules": [(pattern, {"density": d}) for pattern, d in BY_STAGE],
-        "wire_dtype": "int8",
-    },
+    "planned int8": {"planned": PLANNED, "wire_dtype": "int8"},
 }
+ALONE, ROWS, ONNX = "one host", "rows", "one host, ONNX Runtime"
+BEST = "planned int8"
 
 
-def programs(nodes: int, size: int) -> dict[str, tuple[Callable, int]]:
-    """What takes turns: a function of no arguments that waits for its result, and its bytes."""
-    import jax
+def image() -> Any:
+    return np.random.default_rng(0).normal(size=(1, SIZE, SIZE, 3)).astype(np.float32)
+
+
+def prepare(directory: Path, nodes: int) -> None:
+    """Freezes ResNet-50 in every way, and saves what each host will load."""
     from flax import nnx
 
     import disco_jax as dj
 
-    image = np.random.default_rng(0).normal(size=(1, size, size, 3)).astype(np.float32)
-
-    def create(mesh: dj.NodeMesh) -> nnx.Module:
+    def create(nodes: int) -> nnx.Module:
+        mesh = dj.NodeMesh(nodes, emulate=True)
         return dj.models.create("resnet50", mesh=mesh, num_classes=1000, rngs=nnx.Rngs(0))
 
-    found = {}
+    dj.freeze(create(1), image()).save(directory / ALONE)
     for name, way in WAYS.items():
-        options = dict(way)
-        wire_dtype = options.pop("wire_dtype", "float32")
-        model = create(dj.NodeMesh(nodes, emulate=True, devices=jax.local_devices()))
-        if options["density"] < 1:
-            dj.sparsify.prune(model, score="random", **options)
-        frozen = dj.freeze(model, image, wire_dtype=wire_dtype, mesh=dj.NodeMesh(nodes))
-        found[name] = (lambda f=frozen: jax.block_until_ready(f(image)), frozen.plan.traffic_bytes)
-    alone = dj.plan.Program(create(dj.NodeMesh(1, devices=jax.local_devices())))
-    if jax.process_index() == 0:
-        found["one host"] = (lambda: jax.block_until_ready(alone(image)), 0)
-    else:
-        found["one host"] = (lambda: None, 0)
-    return found
+        model = create(nodes)
+        if "planned" in way:
+            c = way["planned"]
+            link = dj.cost.Link(mbit=c["mbit"], ms=c["link_ms"])
+            budget = dj.cost.latency_budget(
+                model, image(), c["ms"], link, gmacs=c["gmacs"], floor=c["floor"]
+            )
+            dj.sparsify.prune(model, 0.0, budget=budget)
+        else:
+            dj.sparsify.prune(model, way["density"], "random")
+        frozen = dj.freeze(model, image(), wire_dtype=way.get("wire_dtype", "float32"))
+        frozen.save(directory / name)
+        print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
+
+
+class Host:
+    """One host: runs what it is told on stdin, and answers."""
+
+    def __init__(self, directory: Path, nodes: int, ways: list[str]):
+        import jax
+
+        import disco_jax as dj
+
+        self.image, self.frozen, self.run, self.bytes = image(), {}, {}, {}
+        first = jax.process_index() == 0
+        for name in ways:
+            if name in WAYS:
+                frozen = dj.load(directory / name, dj.NodeMesh(nodes))
+                self._add(name, frozen, frozen.plan.traffic_bytes)
+                self.frozen[name] = frozen
+        if ALONE in ways and first:
+            here = dj.NodeMesh(1, devices=jax.local_devices())
+            self._add(ALONE, dj.load(directory / ALONE, here))
+        if (ROWS in ways and nodes == 2) or (ONNX in ways and first):
+            self._add_rivals(directory, nodes, ways, first)
+        for name in ways:
+            self.run.setdefault(name, lambda: None)  # the other host is at work
+            self.bytes.setdefault(name, 0)
+        for run in self.run.values():
+            run()
+
+    def _add(self, name: str, program: Callable, size: int = 0) -> None:
+        import jax
+
+        self.run[name] = lambda: jax.block_until_ready(program(self.image))
+        self.bytes[name] = size
+
+    def _add_rivals(self, directory: Path, nodes: int, ways: list[str], first: bool) -> None:
+        import jax
+        import onnx_resnet
+        import row_split
+
+        import disco_jax as dj
+        from disco_jax.trace import modules
+
+        here = dj.NodeMesh(1, devices=jax.local_devices())
+        weights = {
+            path: (np.asarray(m.kernel[...])[0] if m.kernel.shape[0] == 1 else m.kernel[...],
+                   np.asarray(m.bias[...]))
+            for path, m in modules(dj.load(directory / ALONE, here).model)
+            if hasattr(m, "kernel")
+        }  # fmt: skip
+        if ROWS in ways and nodes == 2:
+            self._add(ROWS, *row_split.program(weights, dj.NodeMesh(nodes).jax_mesh))
+        if ONNX in ways and first:
+            self._add(ONNX, onnx_resnet.program(weights, SIZE))
+
+    def answer(self, question: dict[str, Any]) -> Any:
+        """Seconds of runs, or what was measured of links, computation or memory."""
+        import dataclasses
+
+        from disco_jax import runtime
+        from disco_jax.runtime.profile import compute_ms
+
+        match question["ask"]:
+            case "seconds":
+                return [self._seconds(question["way"]) for _ in range(question["iterations"])]
+            case "link":
+                mesh = next(iter(self.frozen.values())).mesh
+                return dataclasses.asdict(runtime.measure_links(mesh).default)
+            case "compute":
+                return compute_ms(self.frozen[question["way"]], self.image)
+            case "memory":
+                status = Path("/proc/self/status").read_text()
+                return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def _seconds(self, way: str) -> float:
+        start = time.perf_counter()
+        self.run[way]()
+        return time.perf_counter() - start
 
 
 def host(args: argparse.Namespace) -> None:
-    """One host: runs what it is told on stdin, and answers with seconds."""
     from disco_jax import runtime
 
-    with runtime.connect(f"{slow_link.address(0)}:9876", args.nodes, args.host):
-        found = programs(args.nodes, args.size)
-        for run, _ in found.values():
-            run()
-        print(ANSWER + json.dumps({name: count for name, (_, count) in found.items()}), flush=True)
+    with runtime.connect(f"{slow_link.address(0)}:{args.port}", args.nodes, args.host):
+        runs = Host(args.plans, args.nodes, args.ways)
+        print(ANSWER + json.dumps(runs.bytes), flush=True)
         for line in sys.stdin:
-            name, iterations = json.loads(line)
-            run, _ = found[name]
-            seconds = []
-            for _ in range(iterations):
-                start = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - start)
-            print(ANSWER + json.dumps(seconds), flush=True)
+            print(ANSWER + json.dumps(runs.answer(json.loads(line))), flush=True)
 
 
 class Hosts:
     """The processes, which all do the same."""
 
-    def __init__(self, nodes: int, size: int):
-        command = [sys.executable, __file__, f"--nodes={nodes}", f"--size={size}"]
+    def __init__(self, plans: Path, nodes: int, ways: list[str], port: int = 9876):
+        command = [sys.executable, __file__, f"--nodes={nodes}", f"--plans={plans}"]
+        command += [f"--port={port}", "--ways", *ways]
         self.running = [slow_link.start(i, i % 2, [*command, f"--host={i}"]) for i in range(nodes)]
-        self.bytes = self._answer()
+        self.bytes = self.answers()[0]
 
-    def _answer(self) -> Any:
+    def answers(self) -> list[Any]:
         # gloo prints to stdout as well
-        answers = [next((x for x in r.stdout if x.startswith(ANSWER)), "") for r in self.running]
-        if not all(answers):
+        found = [next((x for x in r.stdout if x.startswith(ANSWER)), "") for r in self.running]
+        if not all(found):
             raise SystemExit("a host ended; see its message above")
-        return json.loads(answers[0].removeprefix(ANSWER))
+        return [json.loads(answer.removeprefix(ANSWER)) for answer in found]
 
-    def time(self, name: str, iterations: int) -> list[float]:
-        """Seconds of each run, at node 0, where the result is."""
+    def tell(self, ask: str, **what: Any) -> None:
         for running in self.running:
-            running.stdin.write(json.dumps([name, iterations]) + "\n")
+            running.stdin.write(json.dumps({"ask": ask, **what}) + "\n")
             running.stdin.flush()
-        return self._answer()
+
+    def ask(self, ask: str, **what: Any) -> list[Any]:
+        """What each host answers."""
+        self.tell(ask, **what)
+        return self.answers()
+
+    def seconds(self, way: str, iterations: int) -> list[float]:
+        """Of each run, at host 0, where the result is."""
+        return self.ask("seconds", way=way, iterations=iterations)[0]
 
     def close(self) -> None:
         for running in self.running:
@@ -120,48 +197,131 @@ class Hosts:
             running.wait(60)
 
 
+def sent(nodes: int) -> int:
+    return sum(slow_link.bytes_sent(i) for i in range(nodes))
+
+
 def measure(hosts: Hosts, rounds: int, each: int) -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {name: [] for name in hosts.bytes}
-    sent: dict[str, int] = dict.fromkeys(hosts.bytes, 0)
+    wire: dict[str, int] = dict.fromkeys(hosts.bytes, 0)
     for _ in range(rounds):
         for name in hosts.bytes:
-            hosts.time(name, 1)  # what the one before left behind
-            before = sum(slow_link.bytes_sent(i) for i in range(len(hosts.running)))
-            seconds[name] += hosts.time(name, each)
-            sent[name] += sum(slow_link.bytes_sent(i) for i in range(len(hosts.running))) - before
+            hosts.seconds(name, 1)  # what the one before left behind
+            before = sent(len(hosts.running))
+            seconds[name] += hosts.seconds(name, each)
+            wire[name] += sent(len(hosts.running)) - before
     return {
         name: {
             "ms": round(1e3 * statistics.median(times), 2),
             "plan_bytes": hosts.bytes[name],
-            "wire_bytes": round(sent[name] / len(times)),
+            "wire_bytes": round(wire[name] / len(times)),
         }
         for name, times in seconds.items()
     }
 
 
+def predict(found: dict[str, Any], plans: Path, link: dict[str, float]) -> None:
+    """Adds to every way of ours the predicted latency, and the limit without overlap."""
+    from disco_jax.cost import Link
+    from disco_jax.cost import predict as predicted
+    from disco_jax.plan import CommunicationPlan
+
+    measured = Link(**link)
+    for name in WAYS:
+        plan = CommunicationPlan.from_json((plans / name / "plan.json").read_text())
+        row = found[name]
+        row["predicted_ms"] = round(predicted(plan, measured, compute_ms=row["compute_ms"]).ms, 2)
+        per_link = plan.traffic_bytes / (plan.nodes * (plan.nodes - 1))
+        rounds = plan.collectives
+        limit = 1e3 * per_link * (plan.nodes - 1) / measured.bytes_per_second
+        row["limit_ms"] = round(limit + rounds * measured.ms + row["compute_ms"], 2)
+
+
+def latencies(args: argparse.Namespace, ways: list[str]) -> None:
+    """One line for each rate."""
+    hosts = Hosts(args.plans, args.nodes, ways)
+    computing = {name: round(hosts.ask("compute", way=name)[0], 2) for name in WAYS}
+    for rate in args.rates:
+        slow_link.limit(args.nodes, rate)
+        found = measure(hosts, rounds=4, each=max(1, args.iterations // 4))
+        link = hosts.ask("link")[0]
+        for name, ms in computing.items():
+            found[name]["compute_ms"] = ms
+        predict(found, args.plans, link)
+        write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
+    hosts.close()
+
+
+def memories(args: argparse.Namespace) -> None:
+    """Peak resident memory of processes that run one thing only, above one that runs nothing."""
+    peaks = {}
+    for way in ("nothing", *WAYS, ROWS, ALONE):
+        hosts = Hosts(args.plans, args.nodes, [] if way == "nothing" else [way])
+        if way != "nothing":
+            hosts.seconds(way, 3)
+        peaks[way] = hosts.ask("memory")[0]
+        hosts.close()
+    above = {way: round(peak - peaks["nothing"], 1) for way, peak in peaks.items()}
+    write(
+        args, {"what": "memory", "mib": {w: round(p, 1) for w, p in peaks.items()}, "above": above}
+    )
+
+
+def streams(args: argparse.Namespace, rate: float, most: int = 3) -> None:
+    """Images a second with several in flight: pairs of processes that share hosts and link."""
+    slow_link.limit(args.nodes, rate)
+    hosts, found = [], {}
+    for count in range(1, most + 1):
+        hosts.append(Hosts(args.plans, args.nodes, [BEST], 9876 + count))
+        for each in hosts:
+            each.tell("seconds", way=BEST, iterations=args.iterations)
+        start = time.perf_counter()
+        for each in hosts:
+            each.answers()
+        found[count] = round(count * args.iterations / (time.perf_counter() - start), 3)
+    for each in hosts:
+        each.close()
+    write(args, {"what": "streams", "mbit": rate, "images_per_second": found})
+
+
+def write(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    row = {"nodes": args.nodes, **row}
+    with args.out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1000, 300, 100, 30, 10])
+    parser.add_argument("--rates", type=float, nargs="*", default=[1000, 300, 100, 30, 10])
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--what", nargs="+", default=["latency", "memory", "streams"])
+    parser.add_argument("--plans", type=Path, help="where to keep the plans; runs/link-NODES")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--port", type=int, default=9876, help=argparse.SUPPRESS)
     parser.add_argument("--host", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ways", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.plans = (args.plans or Path("runs") / f"link-{args.nodes}").absolute()
     if args.host is not None:
         host(args)
-        return
-    with slow_link.hosts(args.nodes):
-        hosts = Hosts(args.nodes, args.size)
-        for rate in args.rates:
-            slow_link.limit(args.nodes, rate)
-            found = measure(hosts, rounds=4, each=max(1, args.iterations // 4))
-            row = {"nodes": args.nodes, "size": args.size, "mbit": rate, "ways": found}
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            for name, figures in found.items():
-                print(f"{rate:6g} Mbit/s  {name:16s} {figures}", flush=True)
-        hosts.close()
+    elif args.prepare:
+        prepare(args.plans, args.nodes)
+    else:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))
+        if not (args.plans / BEST).exists():
+            command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
+            subprocess.run([*command, f"--plans={args.plans}"], check=True)
+        with slow_link.hosts(args.nodes):
+            slow_link.limit(args.nodes, 1000)
+            if "latency" in args.what:
+                latencies(args, [*WAYS, *([ROWS] if args.nodes == 2 else []), ALONE, ONNX])
+            if "memory" in args.what:
+                memories(args)
+            if "streams" in args.what:
+                streams(args, 100)
 
 
 if __name__ == "__main__":
