@@ -64,10 +64,12 @@ def defaults() -> ConfigDict:
             "post_training": False,  # least squares on the calibration images, no training
             "assignment": "none",  # "local": strong connections within a node, before any mask
             "calibration_images": 512,
+            "quantise": False,  # round in training what the wire rounds, from the first mask on
         }
     )
     # Of the dense model, while masks are learned: weight 0 and features 0 do without.
     c.sparse.distill = ConfigDict({"weight": 0.0, "temperature": 4.0, "features": 0.0})
     c.wire_dtype = config_dict.placeholder(str)  # None: send what is computed
+    c.wire_rules = ()  # (pattern of exchange paths, wire dtype), before wire_dtype
     c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
     return c

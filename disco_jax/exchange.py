@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, check_batch, owned, padded
@@ -20,6 +22,10 @@ from disco_jax.readable import Readable, note
 
 class Mask(nnx.Variable):
     """``bool[node, channel]``: which node reads which channel. Own channels are always True."""
+
+
+class Scale(nnx.Variable):
+    """``float32[2, ...]``: lowest value, and step between two codes, of channels on the wire."""
 
 
 class Reader(nnx.Module):
@@ -86,6 +92,8 @@ class Exchange(Reader):
       gate: a module ``mask -> float[node, channel]`` while gates are learned, else None.
       dense_gradient: whether weights behind a False of the mask get the gradient that they would
         have if they were read, so that a dropped pair can return.
+      wire_dtype: what remote channels are rounded to, as on the wire; None rounds nothing.
+      scale: ``float32[2, channel]`` where the wire dtype needs one.
     """
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
@@ -93,6 +101,8 @@ class Exchange(Reader):
         self.mask = Mask(mesh.put(self.full_mask()))
         self.gate: nnx.Module | None = nnx.data(None)
         self.dense_gradient = False
+        self.wire_dtype: str | None = None
+        self.scale: Scale | None = nnx.data(None)
 
     def full_mask(self) -> Bool[np.ndarray, "n c"]:
         """Everything but dead channels is read: the dense split."""
@@ -120,25 +130,50 @@ class Exchange(Reader):
         own = owned(self.channels, self.mesh.nodes)
         self.mask.set_value(jnp.asarray(mask) & self.full_mask() | own)
 
+    def round_to(self, wire_dtype: str, scale: Float[np.ndarray, "2 c"] | None) -> None:
+        """From now on remote channels are read as they arrive in ``wire_dtype``."""
+        self.wire_dtype = wire.check_wire_dtype(wire_dtype)
+        self.scale = None if scale is None else Scale(self.mesh.put(scale))
+
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
         note(self, x)
         if self.mesh.nodes == 1:
             return Readable(x, self.mesh, source=id(self))
+        gate = self.gate(self.mask[...]) if self.gate else self.mask[...]
         return Readable(
-            self._gather(x) if self.mesh.distributed else x,
+            self._gather(x) if self.mesh.distributed else self._versions(x, self._scale),
             self.mesh,
-            gate=self.gate(self.mask[...]) if self.gate else self.mask[...],
+            gate=self._of_versions(gate),
             split=self.mesh.distributed,
-            dense_gradient=self.dense_gradient,
+            reach=self._of_versions(jnp.ones_like(self.mask[...])) if self.dense_gradient else None,
             source=id(self),
         )
 
-    def _gather(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... n*c"]:
+    def _gather(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... n*r"]:
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
-            lambda x: lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True),
+            lambda x, scale: self._versions(
+                lax.all_gather(x, NODE, axis=x.ndim - 1, tiled=True), scale
+            ),
             mesh=self.mesh.jax_mesh,
-            in_specs=spec,  # [b/data, ..., c/n]
-            out_specs=spec,  # [b/data, ..., c]
-        )(x)
+            in_specs=(spec, P()),  # [b/data, ..., c/n], [2, c]
+            out_specs=spec,  # [b/data, ..., r]
+        )(x, self._scale)
+
+    def _versions(self, x: Float[Array, "b ... c"], scale: Array | None) -> Float[Array, "b ... r"]:
+        """All channels, and where the wire rounds, all of them once more as they arrive."""
+        if self.wire_dtype is None:
+            return x
+        return jnp.concatenate([x, wire.rounded(x, self.wire_dtype, scale)], -1)
+
+    def _of_versions(self, gate: Array) -> Array:
+        """Own channels are read as they were computed, remote ones as they arrive."""
+        if self.wire_dtype is None:
+            return gate
+        own = owned(self.channels, self.mesh.nodes)
+        return jnp.concatenate([gate * own, gate * ~own], -1)
+
+    @property
+    def _scale(self) -> Array | None:
+        return None if self.scale is None else self.scale[...]

@@ -24,6 +24,7 @@ from disco_jax.data.pipeline import Preprocess, evaluation_batches, training_bat
 from disco_jax.errors import DiscoError, require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
+from disco_jax.sparsify.quantise import WireDtype
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -64,7 +65,7 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
-        self.recipe = recipes.Recipe(config.sparse, self.model, self.images)
+        self.recipe = recipes.Recipe(config.sparse, self.model, self.images, wire_dtype(config))
         self.phase("dense"), self.phase("sparse")  # what is wrong there is said now
         for split in sources.SPLITS:
             sources.load(data.source, split)
@@ -85,8 +86,10 @@ class Job:
 
     def settings(self, phase: str) -> dict[str, Any]:
         """All of the config that determines what comes out of a phase."""
-        free = {"name", "emulate", "wire_dtype", "checkpoint", "eval_batch_size"}
+        free = {"name", "emulate", "checkpoint", "eval_batch_size"}
         free |= {"sparse"} if phase == "dense" else set()
+        if phase == "dense" or not self.config.sparse.quantise:
+            free |= {"wire_dtype", "wire_rules"}
         chosen = {k: v for k, v in self.config.to_dict().items() if k not in free}
         return json.loads(json.dumps(chosen))  # as a checkpoint gives it back
 
@@ -189,6 +192,8 @@ class Job:
 
     def restore(self, name: str) -> None:
         """Loads the newest weights and masks of a phase into the model."""
+        if name != "dense":
+            self.recipe.shape()
         phase = self.phase(name)
         like = TrainState.create(self.model, phase.tx, mesh=self.mesh, ema=phase.ema_decay > 0)
         checkpoints = Checkpoints(self.workdir / "checkpoints" / name, keep=phase.keep)
@@ -219,9 +224,10 @@ class Job:
     def freeze(self) -> plan.Frozen:
         """Packs the model for one device per node, and writes ``plan.json``."""
         with self.timed("freeze"):
-            wire_dtype = self.config.wire_dtype
-            images = self.calibration()[0] if wire.calibrated(wire_dtype) else self.images
-            frozen = plan.freeze(self.model, images, wire_dtype=wire_dtype)
+            asked = None if self.config.sparse.quantise else self.recipe.wire_dtype
+            integers = any(map(wire.calibrated, self.recipe.wires.values()))
+            images = self.calibration()[0] if integers else self.images
+            frozen = plan.freeze(self.model, images, wire_dtype=asked)
             (self.workdir / "plan.json").write_text(frozen.plan.to_json())
         if not self.mesh.emulated:
             plan.verify(frozen, self.images)
@@ -334,14 +340,20 @@ def check(config: ConfigDict) -> None:
         f"`eval_batch_size` (={config.eval_batch_size}) must be divisible by `data_parallel` "
         f"(={config.data_parallel}); choose a multiple",
     )
-    if config.wire_dtype is not None:
-        wire.check_wire_dtype(config.wire_dtype)
     recipes.check(config.sparse)
     require(
         len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),
         f"`data.mean` (={tuple(config.data.mean)}) and `data.std` (={tuple(config.data.std)}) must "
         "have one entry for each channel, and std must be positive; correct the config",
     )
+
+
+def wire_dtype(config: ConfigDict) -> WireDtype:
+    """What a config says travels: its rules, then its ``wire_dtype`` for all else."""
+    rules = tuple(config.wire_rules)
+    if config.wire_dtype is not None:
+        rules = (*rules, ("", config.wire_dtype))
+    return rules or None
 
 
 def _preprocess(transforms: Any, size: int, mean: Any, std: Any) -> Preprocess:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from disco_jax import wire
-from disco_jax.exchange import Reader
+from disco_jax.exchange import Reader, Scale
 from disco_jax.mesh import NODE
 from disco_jax.partition import activation_spec
 from disco_jax.readable import Readable, note
@@ -65,10 +65,6 @@ def received_channels(hops: tuple[Hop, ...], nodes: int, block: int) -> Int[np.n
     return table
 
 
-class Scale(nnx.Variable):
-    """``float[2, 2, node, channel]``: of what a node sends, and gets, lowest values and steps."""
-
-
 class PackedExchange(Reader):
     """Packed exchange (deployment): only the planned channels move, one ``ppermute`` per hop.
 
@@ -79,7 +75,7 @@ class PackedExchange(Reader):
       like: the exchange it replaces.
       hops: what moves.
       wire_dtype: how it moves.
-      scale: lowest value and step of every channel, from ``wire.scale``; for int8.
+      scale: lowest value and step of every channel, from ``wire.scale``; for integers.
     """
 
     def __init__(
@@ -99,7 +95,7 @@ class PackedExchange(Reader):
             first = np.arange(self.mesh.nodes)[:, None] * block
             sent = np.concatenate([hop.filled() + first for hop in hops], axis=1)
             received = np.maximum(received_channels(hops, self.mesh.nodes, block), 0)
-            ends = np.stack([scale[:, sent], scale[:, received]])
+            ends = np.stack([scale[:, sent], scale[:, received]])  # [2, 2, node, channel]
             self.scale = Scale(self.mesh.put(ends, None, None, NODE))
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:

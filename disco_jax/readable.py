@@ -30,9 +30,11 @@ class Readable:
         ``split`` is False, ``[b, ..., r]`` that every node holds.
       mesh: the nodes.
       gate: ``[n, r]``, what each node's weights are multiplied by, channel by channel: a mask, or
-        numbers between 0 and 1 while gates are learned; None reads all.
+        numbers between 0 and 1 while gates are learned; None reads all. It may be several times as
+        wide as the kernel, for several versions of each channel, of which a node reads one.
       split: whether ``values`` holds a block for each node.
-      dense_gradient: whether the weights get the gradient that they would have if they were read.
+      reach: ``[n, r]``, weights that get the gradient that they would have if they were read; None:
+        those that are read.
       packed: whether the kernels that read this have a leading node axis ``[n, ..., r, o]``.
       source: identity of the exchange that made it; its mask is the one that counts.
     """
@@ -41,7 +43,7 @@ class Readable:
     mesh: NodeMesh = dataclasses.field(metadata={"static": True})
     gate: Float[Array, "n r"] | Bool[Array, "n r"] | None = None
     split: bool = dataclasses.field(default=True, metadata={"static": True})
-    dense_gradient: bool = dataclasses.field(default=False, metadata={"static": True})
+    reach: Bool[Array, "n r"] | None = None
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
     source: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -59,27 +61,15 @@ class Readable:
             return self._apply_on_nodes(op, kernel)
         if self.packed:
             return self._apply_stacked(op, kernel)
-        if self.gate is not None:
-            kernel = self._gated(kernel, self.gate)
-        return op(self.values, kernel)
-
-    def _gated(self, kernel: Array, gate: Array) -> Array:
-        """``kernel [..., r, o]`` times ``gate [n, r]``; ``o`` is shared by the gate's nodes."""
-        wide = expand_mask(gate, kernel.shape[-1]).astype(kernel.dtype)
-        if self.dense_gradient:  # the sum is 0; only its gradient counts
-            still = lax.stop_gradient(kernel)
-            return wide * still + (kernel - still)
-        return wide * kernel
+        return op(self.values, _gated(kernel, self.gate, self.reach))
 
     def _apply_on_nodes(self, op: Operation, kernel: Array) -> Array:
         check_batch(self.values, self.mesh)
         ndim = self.values.ndim
 
-        def on_node(x: Array, kernel: Array, *gate: Array) -> Array:
-            kernel = kernel[0] if self.packed else kernel
-            return op(x, self._gated(kernel, *gate) if gate else kernel)
+        def on_node(x: Array, kernel: Array, *gates: Array | None) -> Array:
+            return op(x, _gated(kernel[0] if self.packed else kernel, *gates))
 
-        gate = () if self.gate is None else (self.gate,)
         return jax.shard_map(
             on_node,
             mesh=self.mesh.jax_mesh,
@@ -88,15 +78,30 @@ class Readable:
                 if self.split
                 else batch_spec(ndim, self.mesh),  # [b/data, ..., r]
                 P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
-                *[P(NODE)] * len(gate),  # [1, r]
+                P(NODE),  # [1, r]
+                P(NODE),  # [1, r]
             ),
             out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
-        )(self.values, kernel, *gate)
+        )(self.values, kernel, self.gate, self.reach)
 
     def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
         # One call a node: a vmapped convolution is a grouped one, for which CPUs have no fast code.
         blocks = jnp.split(self.values, self.mesh.nodes, axis=-1)
         return jnp.concatenate([op(x, k) for x, k in zip(blocks, kernel, strict=True)], axis=-1)
+
+
+def _gated(kernel: Array, gate: Array | None, reach: Array | None) -> Array:
+    """``kernel [..., c, o]`` times ``gate [n, r]``; ``o`` is shared by the gate's nodes."""
+    if gate is None:
+        return kernel
+    kernel = jnp.concatenate([kernel] * (gate.shape[-1] // kernel.shape[-2]), -2)
+    wide = expand_mask(gate, kernel.shape[-1]).astype(kernel.dtype)
+    if reach is None:
+        return wide * kernel
+    still = lax.stop_gradient(kernel)  # the sum is 0; only its gradient counts
+    return wide * still + expand_mask(reach, kernel.shape[-1]).astype(kernel.dtype) * (
+        kernel - still
+    )
 
 
 def expand_mask(mask: Shaped[Array, "n c_in"], c_out: int) -> Shaped[Array, "c_in c_out"]:

@@ -12,9 +12,10 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import sparsify
+from disco_jax import sparsify, wire
 from disco_jax.errors import require
 from disco_jax.sparsify import gates
+from disco_jax.sparsify.quantise import WireDtype, wire_dtypes
 from disco_jax.trace import exchanges
 from disco_jax.train.step import Distillation
 
@@ -26,13 +27,26 @@ class Recipe:
       config: the ``sparse`` section of a config.
       model: what is trained, in place.
       images: shape of the input, for the costs.
+      wire_dtype: what the model is to be frozen with; rounded to in training if the config says so.
     """
 
-    def __init__(self, config: ConfigDict, model: nnx.Module, images: jax.ShapeDtypeStruct):
-        self.config, self.model = config, model
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: nnx.Module,
+        images: jax.ShapeDtypeStruct,
+        wire_dtype: WireDtype = None,
+    ):
+        self.config, self.model, self.wire_dtype = config, model, wire_dtype
         self.costs = sparsify.wire_costs(model, images)
         self.teacher: nnx.Module | None = None
         check(config)
+        self.wires = wire_dtypes(list(exchanges(model)), wire_dtype)
+        require(
+            bool(self.wires) or not config.quantise,
+            "`sparse.quantise` needs a `wire_dtype` to round to; set one, such as "
+            "--config.wire_dtype=int8",
+        )
         # Until `prepare` has seen images, all channels are alike: enough to restore what was saved.
         reading = exchanges(model)
         self.norms = {path: jnp.ones(e.channels) for path, e in reading.items()}
@@ -52,6 +66,17 @@ class Recipe:
             self.scores = sparsify.reconstruction_scores(self.model, images())
         if self._needs("activation"):
             self.norms = sparsify.channel_norms(self.model, images())
+        if self.config.quantise:
+            sparsify.quantise(self.model, np.concatenate(list(images())), self.wire_dtype)
+
+    def shape(self) -> None:
+        """Gives the model what :meth:`prepare` gives it, without its numbers: for a checkpoint."""
+        if self.config.quantise:
+            for path, exchange in exchanges(self.model).items():
+                if path in self.wires:
+                    blank = np.zeros((2, exchange.channels), np.float32)
+                    needed = wire.calibrated(self.wires[path])
+                    exchange.round_to(self.wires[path], blank if needed else None)
 
     def post_train(self, images: Callable[[], Iterable[Any]]) -> None:
         """Masks and weights from unlabelled images alone."""
@@ -152,6 +177,11 @@ def check(config: ConfigDict) -> None:
     require(
         not (config.post_training and config.gates != "none"),
         "`sparse.post_training` and `sparse.gates` exclude each other: gates need training; set "
+        "one of them only",
+    )
+    require(
+        not (config.post_training and config.quantise),
+        "`sparse.post_training` and `sparse.quantise` exclude each other: rounding is trained; set "
         "one of them only",
     )
     require(

@@ -1,8 +1,9 @@
 """What really travels: the wire dtypes and their conversions.
 
 XLA:CPU sends a bfloat16 collective as float32, so bfloat16 crosses the link as the uint16 that
-holds the same bits; every other dtype here travels as it is. int8 is affine, with a calibrated
-range for every channel that both ends know, so that only the codes travel.
+holds the same bits; every other float travels as it is. The integers are affine, with a calibrated
+range for every channel that both ends know, so that only the codes travel; two codes of int4 share
+a byte.
 """
 
 from __future__ import annotations
@@ -14,62 +15,100 @@ from jaxtyping import Array, Float, Shaped
 
 from disco_jax.errors import require
 
-WIRE_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8")
-LEVELS = 256
+BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+INTEGERS = ("int8", "int4")
 Scale = Float[Array, "2 ..."]  # the lowest value and the step between two codes, per channel
 
 
 def check_wire_dtype(wire_dtype: str) -> str:
     """Returns ``wire_dtype`` if it can cross a link, else raises a DiscoError."""
     require(
-        wire_dtype in WIRE_DTYPES,
-        f"`wire_dtype` (={wire_dtype!r}) must be one of {', '.join(WIRE_DTYPES)}; "
+        wire_dtype in BITS,
+        f"`wire_dtype` (={wire_dtype!r}) must be one of {', '.join(BITS)}; "
         "pass wire_dtype=None to send what is computed",
     )
     return wire_dtype
 
 
-def itemsize(wire_dtype: str) -> int:
-    """Bytes that one number takes on the wire."""
-    return jnp.dtype(check_wire_dtype(wire_dtype)).itemsize
+def message_bytes(channels: int, wire_dtype: str) -> int:
+    """Bytes that ``channels`` numbers of one position take in one message.
+
+    >>> [message_bytes(3, d) for d in ("float32", "float16", "int8", "int4")]
+    [12, 6, 3, 2]
+    """
+    return -(-channels * BITS[check_wire_dtype(wire_dtype)] // 8)
 
 
 def calibrated(wire_dtype: str | None) -> bool:
     """Whether a wire dtype needs to know the range of what it carries."""
-    return wire_dtype == "int8"
+    return wire_dtype in INTEGERS
 
 
-def scale(low: Float[np.ndarray, "c"], high: Float[np.ndarray, "c"]) -> Float[np.ndarray, "2 c"]:
-    """The int8 codes of a range: ``low`` is the first of 256, ``high`` the last."""
-    step = np.maximum(high - low, np.finfo(np.float32).tiny * LEVELS) / (LEVELS - 1)
-    return np.stack([low, step]).astype(np.float32)
+def levels(wire_dtype: str) -> int:
+    """How many codes an integer has."""
+    return 2 ** BITS[wire_dtype]
+
+
+def scale(low: Float[Array, "c"], high: Float[Array, "c"], wire_dtype: str) -> Scale:
+    """The codes of a range, ``float32[2, c]``: ``low`` is the first, ``high`` the last."""
+    codes = levels(wire_dtype)
+    step = jnp.maximum(high - low, np.finfo(np.float32).tiny * codes) / (codes - 1)
+    return jnp.stack([low, step]).astype(jnp.float32)
 
 
 def encode(
-    x: Float[Array, "..."], wire_dtype: str, scale: Scale | None = None
-) -> Shaped[Array, "..."]:
-    """Converts what is computed to what travels; ``scale`` is for int8 and clips."""
-    if scale is not None:
-        code = jnp.round((x - scale[0]) / scale[1]) - LEVELS // 2
-        return jnp.clip(code, -LEVELS // 2, LEVELS // 2 - 1).astype(wire_dtype)
-    x = x.astype(wire_dtype)
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if wire_dtype == "bfloat16" else x
+    x: Float[Array, "... c"], wire_dtype: str, scale: Scale | None = None
+) -> Shaped[Array, "... width"]:
+    """Converts what is computed to what travels; integers need a ``scale``, and clip."""
+    if scale is None:
+        x = x.astype(wire_dtype)
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if wire_dtype == "bfloat16" else x
+    last = levels(wire_dtype) - 1
+    code = jnp.clip(jnp.round((x - scale[0]) / scale[1]), 0, last)
+    if wire_dtype == "int8":
+        return (code - 128).astype(jnp.int8)
+    code = code.astype(jnp.uint8)
+    half = -(-code.shape[-1] // 2)
+    second = code[..., half:]
+    second = jnp.pad(second, [(0, 0)] * (code.ndim - 1) + [(0, 2 * half - code.shape[-1])])
+    return code[..., :half] | (second << 4)
 
 
 def decode(
-    y: Shaped[Array, "..."],
+    y: Shaped[Array, "... width"],
     wire_dtype: str,
     dtype: jax.typing.DTypeLike,
     scale: Scale | None = None,
-) -> Float[Array, "..."]:
+) -> Float[Array, "... c"]:
     """Converts what travelled back to the dtype computed in.
 
-    >>> s = jnp.asarray(scale(np.array([0.0]), np.array([255.0])))
-    >>> decode(encode(jnp.array([7.3, 999.0]), "int8", s), "int8", "float32", s).tolist()
-    [7.0, 255.0]
+    >>> s = scale(jnp.zeros(3), jnp.full(3, 255.0), "int8")
+    >>> decode(encode(jnp.array([7.3, 12.0, 999.0]), "int8", s), "int8", "float32", s).tolist()
+    [7.0, 12.0, 255.0]
+    >>> s = scale(jnp.zeros(3), jnp.full(3, 15.0), "int4")
+    >>> decode(encode(jnp.array([7.3, 12.0, 999.0]), "int4", s), "int4", "float32", s).tolist()
+    [7.0, 12.0, 15.0]
     """
+    if scale is None:
+        if wire_dtype == "bfloat16":
+            y = jax.lax.bitcast_convert_type(y, jnp.bfloat16)
+        return y.astype(dtype)
+    if wire_dtype == "int4":
+        code = jnp.concatenate([y & 15, y >> 4], -1)[..., : scale.shape[-1]].astype(jnp.float32)
+    else:
+        code = y.astype(jnp.float32) + 128
+    return (code * scale[1] + scale[0]).astype(dtype)
+
+
+def rounded(
+    x: Float[Array, "... c"], wire_dtype: str, scale: Scale | None
+) -> Float[Array, "... c"]:
+    """What arrives when ``x`` is sent; the gradient is that of clipping alone.
+
+    Rounding has no slope of use: the gradient passes straight through (Bengio et al. 2013).
+    """
+    arrived = decode(encode(x, wire_dtype, scale), wire_dtype, x.dtype, scale)
+    kept = x
     if scale is not None:
-        return ((y.astype(jnp.float32) + LEVELS // 2) * scale[1] + scale[0]).astype(dtype)
-    if wire_dtype == "bfloat16":
-        y = jax.lax.bitcast_convert_type(y, jnp.bfloat16)
-    return y.astype(dtype)
+        kept = jnp.clip(x, scale[0], scale[0] + (levels(wire_dtype) - 1) * scale[1])
+    return kept + jax.lax.stop_gradient(arrived - kept)

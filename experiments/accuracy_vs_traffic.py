@@ -46,6 +46,7 @@ GATES = {"gates": "hard_concrete"}
 REGROW = {"regrow": "gradient"}
 ALL = {**ASSIGN, **BY_COST, **DISTILL}
 INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
+INT4 = {"wire_dtype": "int4", "quantise": True}  # eight times, with rounding in training
 # What each method changes in the `sparse` section of the config.
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -63,6 +64,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "int8": INT8,
     "int8 + assigned + by cost": {**ASSIGN, **BY_COST, **INT8},
     "all + int8": {**ALL, **INT8},
+    "int8 in training": {**INT8, "quantise": True},
+    "int4": INT4,
+    "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
     "all but assigned": {**BY_COST, **DISTILL},
     "all but by cost": {**ASSIGN, **DISTILL},
     "all but distilled": {**ASSIGN, **BY_COST},
@@ -139,7 +143,7 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     c.sparse.update(epochs=EPOCHS[run.width], learning_rate=0.05, every=20, mask_share=0.25)
     changes = dict(METHODS[run.method])
     c.wire_dtype = changes.pop("wire_dtype", "float32")
-    density = 4 / wire.itemsize(c.wire_dtype) / run.times_less
+    density = 32 / wire.BITS[c.wire_dtype] / run.times_less
     c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
     with c.sparse.unlocked():
         for key, value in changes.items():

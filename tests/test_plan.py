@@ -58,7 +58,13 @@ def test_uneven_masks(nodes):
     dj.verify(dj.freeze(model, jnp.zeros((2, 32, 32, 3))), jnp.zeros((2, 32, 32, 3)))
 
 
-WIRES = {"float32": (4, 1e-6), "float16": (2, 1e-3), "bfloat16": (2, 1e-2), "int8": (1, 1e-2)}
+WIRES = {
+    "float32": (4, 1e-6),
+    "float16": (2, 1e-3),
+    "bfloat16": (2, 1e-2),
+    "int8": (1, 1e-2),
+    "int4": (0.5, 0.2),
+}
 
 
 @pytest.mark.parametrize("wire", WIRES)

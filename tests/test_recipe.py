@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 import disco_jax as dj
-from disco_jax import plan
 from disco_jax.config import defaults
 from disco_jax.interop import pretrained
 from disco_jax.job import Job
@@ -56,6 +55,7 @@ RECIPES = {
         "rules": ((r"^blocks\.0", {"density": 0.5}), (r"conv2", {"score": "activation"})),
     },
     "activation": {"score": "activation", "schedule": "linear", "budget": "per_link"},
+    "quantised": {"quantise": True, "assignment": "local", "distill": {"weight": 0.5}},
 }
 
 
@@ -64,11 +64,13 @@ def test_a_recipe_meets_its_budget_and_is_restored(name, tmp_path):
     c = config(density=0.5, **RECIPES[name])
     if c.sparse.budget == "per_link":
         c.sparse.links = ((0, 1), (1, 0))
+    if c.sparse.quantise:
+        c.wire_dtype, c.wire_rules = "int8", (("conv2", "int4"),)
     job = Job(c, tmp_path)
     job.run_train()
     assert 0.25 < open_share(job.model) <= 0.5 + 1e-6
     assert all(e.gate is None for e in exchanges(job.model).values())
-    frozen = plan.freeze(job.model, job.images)
+    frozen = job.freeze()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     job.model.eval()
     np.testing.assert_allclose(frozen(x), job.model(x), rtol=1e-4, atol=1e-4)

@@ -86,7 +86,7 @@ def latency_budget(
     fixed = examples * _own_macs(found, traced, nodes) / gmacs / 1e9
     for record in traced.exchanges:
         if record.path in prices:
-            size = examples * record.positions * wire.itemsize(wire_dtype)
+            size = examples * record.positions * wire.BITS[wire.check_wire_dtype(wire_dtype)] / 8
             prices[record.path] += size / rate
             rounds.append(nodes - 1)
         else:  # what is gathered is not for sale

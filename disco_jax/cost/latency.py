@@ -147,14 +147,17 @@ def _seconds(
     exchange: ExchangePlan, nodes: int, examples: int, buckets: _Buckets
 ) -> Iterable[float]:
     """What each message round of an exchange takes."""
-    each = examples * wire.itemsize(exchange.wire_dtype)
+
+    def size(positions: int, width: int) -> int:
+        return examples * positions * wire.message_bytes(width, exchange.wire_dtype)
+
     for positions in exchange.positions:
         for hop in exchange.hops:
-            yield _round(hop.pairs, positions * hop.width * each, buckets)
+            yield _round(hop.pairs, size(positions, hop.width), buckets)
         if exchange.gathered:  # a ring: what a node has travels on to the next, n - 1 times
             ring = tuple((s, (s + 1) % nodes) for s in range(nodes))
             for _ in range(nodes - 1):
-                yield _round(ring, positions * exchange.gathered * each, buckets)
+                yield _round(ring, size(positions, exchange.gathered), buckets)
 
 
 def _round(pairs: Iterable[tuple[int, int]], size: int, buckets: _Buckets) -> float:

@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.gather import AllGather
 from disco_jax.mesh import NODE, NodeMesh
@@ -20,7 +19,7 @@ from disco_jax.packed import Hop, PackedExchange, received_channels
 from disco_jax.plan.fold import fold_norms
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
-from disco_jax.sparsify.calibrate import observe
+from disco_jax.sparsify.quantise import WireDtype, wire_dtypes, wire_scales
 from disco_jax.trace import (
     ExchangeRecord,
     Images,
@@ -75,7 +74,7 @@ def freeze(
     model: nnx.Module,
     images: Images,
     *,
-    wire_dtype: str | None = None,
+    wire_dtype: WireDtype = None,
     mesh: NodeMesh | None = None,
 ) -> Frozen:
     """Freezes the masks of a model into a plan, and packs the model accordingly.
@@ -85,9 +84,10 @@ def freeze(
     Args:
       model: a masked model; it is not changed.
       images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype are used,
-        but for int8, which takes the range of every channel from them: a few hundred images.
-      wire_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``; None sends what is
-        computed.
+        but for integers, which take the range of every channel from them: a few hundred images.
+      wire_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"``, or rules
+        ``(pattern, wire_dtype)``, the first of which counts that is found in an exchange's path.
+        None sends what the model was quantised to, or else what is computed.
       mesh: where the packed model is to run, the model's own mesh by default.
 
     Returns:
@@ -110,13 +110,13 @@ def freeze(
         f"pass mesh=NodeMesh(nodes={nodes})",
     )
     traced = trace(model, images)
-    scales = _scales(model, images) if wire.calibrated(wire_dtype) else {}
+    dtypes, scales = _wires(model, images, wire_dtype)
     hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
     packed = nnx.clone(model)
     fold_norms(packed, images)
     if mesh is not None:
         move(packed, mesh)
-    _pack(packed, hops, {r.path: wire_dtype or r.dtype for r in traced.exchanges}, scales)
+    _pack(packed, hops, {r.path: r.dtype for r in traced.exchanges} | dtypes, scales)
     packed.eval()
     plan = _plan(packed, trace(packed, images))
     return Frozen(packed, plan)
@@ -134,23 +134,17 @@ def move(model: nnx.Module, mesh: NodeMesh) -> None:
                 variable.set_value(mesh.put(np.asarray(value), *spec))
 
 
-def _scales(model: nnx.Module, images: Images) -> dict[str, Float[np.ndarray, "2 c"]]:
-    """Lowest value and step of every channel that an exchange is given."""
-    require(
-        not isinstance(images, jax.ShapeDtypeStruct),
-        "`images` (=a ShapeDtypeStruct) must be images where wire_dtype='int8', which is "
-        "calibrated on them; pass an array of a few hundred",
-    )
-
-    def bounds(inputs: dict[str, list[Array]]) -> dict[str, list[tuple[Array, Array]]]:
-        return {
-            path: [(x.min(range(x.ndim - 1)), x.max(range(x.ndim - 1))) for x in xs]
-            for path, xs in inputs.items()
-        }
-
-    found = jax.device_get(observe(model, bounds)(model, images))
-    lows, highs = ({p: [pair[i] for pair in pairs] for p, pairs in found.items()} for i in (0, 1))
-    return {p: wire.scale(np.min(lows[p], 0), np.max(highs[p], 0)) for p in found}
+def _wires(
+    model: nnx.Module, images: Images, wire_dtype: WireDtype
+) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "2 c"]]]:
+    """Wire dtypes and scales: those asked for, or those that the model was quantised to."""
+    found = exchanges(model)
+    if wire_dtype is not None:
+        dtypes = wire_dtypes(list(found), wire_dtype)
+        return dtypes, wire_scales(model, images, dtypes)
+    rounding = {path: e for path, e in found.items() if e.wire_dtype is not None}
+    scales = {p: np.asarray(e.scale[...]) for p, e in rounding.items() if e.scale is not None}
+    return {path: str(e.wire_dtype) for path, e in rounding.items()}, scales
 
 
 def _pack(

@@ -41,7 +41,12 @@ class ExchangePlan:
 
     def kept(self, nodes: int) -> int:
         """(channel, link) pairs that travel, fill included."""
-        return sum(h.width * len(h.pairs) for h in self.hops) + self.gathered * nodes * (nodes - 1)
+        return sum(width * messages for width, messages in self._messages(nodes))
+
+    def _messages(self, nodes: int) -> list[tuple[int, int]]:
+        """How many numbers per position travel at once, over how many links."""
+        hops = [(hop.width, len(hop.pairs)) for hop in self.hops]
+        return [*hops, (self.gathered, nodes * (nodes - 1))]
 
     def dense(self, nodes: int) -> int:
         """(channel, link) pairs of the dense split: all other nodes get every living channel."""
@@ -49,7 +54,10 @@ class ExchangePlan:
 
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
-        return sum(self.positions) * self.kept(nodes) * wire.itemsize(self.wire_dtype)
+        return sum(self.positions) * sum(
+            wire.message_bytes(width, self.wire_dtype) * messages
+            for width, messages in self._messages(nodes)
+        )
 
     def dense_traffic_bytes(self, nodes: int) -> int:
         """The same for the dense split in float32."""

@@ -5,6 +5,7 @@ from disco_jax.sparsify.assignment import assign
 from disco_jax.sparsify.budget import BUDGETS, by_cost, per_link, relative, uniform
 from disco_jax.sparsify.calibrate import channel_norms, reestimate_statistics
 from disco_jax.sparsify.choice import Choice, check_choice
+from disco_jax.sparsify.quantise import quantise
 from disco_jax.sparsify.reconstruction import post_training, reconstruction_scores
 from disco_jax.sparsify.schedules import SCHEDULES, constant, cubic, linear, one_shot
 from disco_jax.sparsify.scores import SCORES, activation, l1, l2, none, random, taylor
@@ -43,6 +44,7 @@ __all__ = [
     "per_link",
     "post_training",
     "prune",
+    "quantise",
     "random",
     "reconstruction_scores",
     "reestimate_statistics",

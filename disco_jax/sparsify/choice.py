@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
+from disco_jax.rules import first_match
 from disco_jax.sparsify.budget import BUDGETS, Budget, columns, relative, uniform
 from disco_jax.sparsify.groups import Kernels, Readers, Scores, bury_dead, score_groups
 from disco_jax.sparsify.scores import SCORES
@@ -94,22 +94,7 @@ class Choice:
         Raises:
           DiscoError: if a rule matches first for no exchange.
         """
-        used: set[int] = set()
-        found: dict[str, Mapping[str, Any]] = {}
-        for path in paths:
-            first = next(
-                (i for i, (pattern, _) in enumerate(self.rules) if re.search(pattern, path)), None
-            )
-            if first is not None:
-                used.add(first)
-                found[path] = self.rules[first][1]
-        unused = [self.rules[i][0] for i in range(len(self.rules)) if i not in used]
-        require(
-            not unused,
-            f"`rules` entry {unused[0] if unused else ''!r} is not used: no exchange matches it "
-            f"first; the exchanges are {', '.join(list(paths)[:6])}, ...; correct or remove it",
-        )
-        return found
+        return first_match(self.rules, paths)
 
     def needs_gradients(self) -> bool:
         """Whether some exchange is scored by gradients."""
