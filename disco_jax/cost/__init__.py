@@ -3,13 +3,16 @@
 from disco_jax.cost.budget import Latency, latency_budget
 from disco_jax.cost.latency import LinkTime, Prediction, predict
 from disco_jax.cost.link import Link, Links
+from disco_jax.cost.planner import Planned, plan_latency
 
 __all__ = [
     "Latency",
     "Link",
     "LinkTime",
     "Links",
+    "Planned",
     "Prediction",
     "latency_budget",
+    "plan_latency",
     "predict",
 ]

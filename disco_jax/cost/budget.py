@@ -75,6 +75,47 @@ def latency_budget(
     Raises:
       DiscoError: if the nodes cannot compute their own shares in that time.
     """
+    prices = price(model, images, links, gmacs=gmacs)
+    size = wire.BITS[wire.check_wire_dtype(wire_dtype)] / 8
+    channel = {p: size * prices.byte[p] + macs for p, macs in prices.macs.items()}
+    hops = (prices.nodes - 1) * sum(prices.calls.values())
+    return Latency(
+        prices.left_of(ms), channel, prices.hop * hops / max(1, len(prices.calls)), floor
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """What exchanging costs, in seconds.
+
+    Attributes:
+      nodes: how many there are.
+      byte: for every exchange, one more byte per position for every node.
+      macs: for every exchange, the multiplications that read one more channel on every node.
+      calls: for every exchange how often it is called.
+      hop: a message, whatever it carries.
+      fixed: what nodes compute and gather whatever the masks are.
+    """
+
+    nodes: int
+    byte: dict[str, float]
+    macs: dict[str, float]
+    calls: dict[str, int]
+    hop: float
+    fixed: float
+
+    def left_of(self, ms: float) -> float:
+        """Seconds that a latency leaves for remote channels."""
+        require(
+            ms / 1e3 > self.fixed,
+            f"`ms` (={ms}) must be more than the {1e3 * self.fixed:.1f} ms that a node needs for "
+            "its own channels; allow more time, or take more nodes",
+        )
+        return ms / 1e3 - self.fixed
+
+
+def price(model: nnx.Module, images: Images, links: Link | Links, *, gmacs: float) -> Prices:
+    """Prices of a masked model's exchanges; the arguments are those of :func:`latency_budget`."""
     found = exchanges(model)
     nodes = next(iter(found.values())).mesh.nodes
     traced, links = trace(model, images), Links.of(links)
@@ -82,23 +123,17 @@ def latency_budget(
     alpha = max(link.ms for link in pairs) / 1e3
     rate = min(link.bytes_per_second for link in pairs)
     examples, macs = images.shape[0], _macs_per_channel(found, traced)
-    prices, rounds = dict.fromkeys(found, 0.0), []
+    byte, calls = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
     fixed = examples * _own_macs(found, traced, nodes) / gmacs / 1e9
     for record in traced.exchanges:
-        if record.path in prices:
-            size = examples * record.positions * wire.BITS[wire.check_wire_dtype(wire_dtype)] / 8
-            prices[record.path] += size / rate
-            rounds.append(nodes - 1)
+        if record.path in byte:
+            byte[record.path] += examples * record.positions / rate
+            calls[record.path] += 1
         else:  # what is gathered is not for sale
             size = 4 * examples * record.positions * record.shape[-1] / nodes
             fixed += (nodes - 1) * (alpha + size / rate)
-    prices = {p: s + examples * macs[p] / gmacs / 1e9 for p, s in prices.items()}
-    require(
-        ms / 1e3 > fixed,
-        f"`ms` (={ms}) must be more than the {1e3 * fixed:.1f} ms that a node needs for its own "
-        f"channels at {gmacs} GMAC/s; allow more time, or take more nodes",
-    )
-    return Latency(ms / 1e3 - fixed, prices, alpha * sum(rounds) / max(1, len(found)), floor)
+    seconds = {p: examples * m / gmacs / 1e9 for p, m in macs.items()}
+    return Prices(nodes, byte, seconds, calls, alpha, fixed)
 
 
 def _macs_per_channel(found: Mapping[str, Any], traced: Trace) -> dict[str, float]:

@@ -209,8 +209,15 @@ def _rank(values: Float[Array, "... k"]) -> Array:
 
 def _worth(scores: Array, level: bool) -> Array:
     """What each unit is worth: ``[hop, rank]`` columns, or ``[node, channel]`` pairs."""
-    if not level:
-        return jnp.where(_own(scores), -jnp.inf, scores)
+    return column_worth(scores) if level else jnp.where(_own(scores), -jnp.inf, scores)
+
+
+def column_worth(scores: Float[Array, "node channel"]) -> Float[Array, "hop rank"]:
+    """What the first, second, ... column over each hop is worth: the sum over the readers' best.
+
+    >>> column_worth(jnp.array([[0., 0., 1., 2.], [4., 3., 0., 0.]])).tolist()
+    [[6.0, 4.0]]
+    """
     hops = -jnp.sort(-scores[_ring(*scores.shape)], axis=-1)  # [node, hop, rank]
     return jnp.where(
         jnp.isfinite(hops).any(0), jnp.where(jnp.isfinite(hops), hops, 0).sum(0), -jnp.inf
@@ -248,7 +255,7 @@ def _level(scores: Array, count: Array) -> Array:
     nodes, channels = scores.shape
     width, extra = jnp.divmod(count, nodes - 1)
     gain = jnp.take(
-        _worth(scores, True), jnp.minimum(width, channels // nodes - 1).astype(int), axis=-1
+        column_worth(scores), jnp.minimum(width, channels // nodes - 1).astype(int), axis=-1
     )
     return _widths(scores, width + (_rank(gain) < extra))
 
