@@ -97,7 +97,7 @@ class Statistics(AllGather):
 def _all_gather(x: Array, **kwargs: Any) -> Array:
     """``lax.all_gather`` over the nodes, in as many bytes as the dtype says."""
     dtype = str(x.dtype)
-    return wire.decode(lax.all_gather(wire.encode(x, dtype), NODE, **kwargs), dtype, x.dtype)
+    return wire.decode(lax.all_gather(wire.encode(x, dtype), NODE, **kwargs), dtype, x)
 
 
 def _moments(x: Array, count: Array | np.ndarray) -> Array:

@@ -122,7 +122,7 @@ class PackedExchange(Reader):
             out, back = (None, None) if scale is None else scale[:, :, 0, start:stop]
             sent = jnp.take(x, table[0], axis=-1, mode="clip")
             moved = lax.ppermute(wire.encode(sent, self.wire_dtype, out), NODE, hop.pairs)
-            readable.append(wire.decode(moved, self.wire_dtype, x.dtype, back))
+            readable.append(wire.decode(moved, self.wire_dtype, sent, back))
             start = stop
         return jnp.concatenate(readable, axis=-1)
 
@@ -130,8 +130,9 @@ class PackedExchange(Reader):
         nodes = self.mesh.nodes
         index = received_channels(self.hops, nodes, self.channels // nodes)
         scale = None if self._scale is None else self._scale[1]
-        sent = wire.encode(jnp.take(x, jnp.maximum(index, 0), axis=-1), self.wire_dtype, scale)
-        received = wire.decode(sent, self.wire_dtype, x.dtype, scale)
+        sent = jnp.take(x, jnp.maximum(index, 0), axis=-1)
+        moved = wire.encode(sent, self.wire_dtype, scale)
+        received = wire.decode(moved, self.wire_dtype, sent, scale)
         own = jnp.reshape(x, (*x.shape[:-1], nodes, -1))
         return jnp.reshape(jnp.concatenate([own, received], -1), (*x.shape[:-1], -1))
 

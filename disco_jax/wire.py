@@ -2,11 +2,12 @@
 
 XLA:CPU sends a bfloat16 collective as float32, so bfloat16 crosses the link as the uint16 that
 holds the same bits; every other float travels as it is. The integers are affine, with a calibrated
-range for every channel that both ends know, so that only the codes travel; two codes of int4 share
-a byte.
+range for every channel that both ends know, so that only the codes travel, two of int4 in a byte.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,13 @@ def check_wire_dtype(wire_dtype: str) -> str:
     return wire_dtype
 
 
-def message_bytes(channels: int, wire_dtype: str) -> int:
-    """Bytes that ``channels`` numbers of one position take in one message.
+def message_bytes(count: int, wire_dtype: str) -> int:
+    """Bytes of a message of ``count`` numbers.
 
     >>> [message_bytes(3, d) for d in ("float32", "float16", "int8", "int4")]
     [12, 6, 3, 2]
     """
-    return -(-channels * BITS[check_wire_dtype(wire_dtype)] // 8)
+    return -(-count * BITS[check_wire_dtype(wire_dtype)] // 8)
 
 
 def calibrated(wire_dtype: str | None) -> bool:
@@ -57,9 +58,12 @@ def scale(low: Float[Array, "c"], high: Float[Array, "c"], wire_dtype: str) -> S
 
 
 def encode(
-    x: Float[Array, "... c"], wire_dtype: str, scale: Scale | None = None
-) -> Shaped[Array, "... width"]:
-    """Converts what is computed to what travels; integers need a ``scale``, and clip."""
+    x: Float[Array, "b ... c"], wire_dtype: str, scale: Scale | None = None
+) -> Shaped[Array, "b ..."]:
+    """Converts what is computed to what travels; integers need a ``scale``, and clip.
+
+    An example of int4 is one row of bytes, its first half in their lower bits.
+    """
     if scale is None:
         x = x.astype(wire_dtype)
         return jax.lax.bitcast_convert_type(x, jnp.uint16) if wire_dtype == "bfloat16" else x
@@ -67,47 +71,48 @@ def encode(
     code = jnp.clip(jnp.round((x - scale[0]) / scale[1]), 0, last)
     if wire_dtype == "int8":
         return (code - 128).astype(jnp.int8)
-    code = code.astype(jnp.uint8)
-    half = -(-code.shape[-1] // 2)
-    second = code[..., half:]
-    second = jnp.pad(second, [(0, 0)] * (code.ndim - 1) + [(0, 2 * half - code.shape[-1])])
-    return code[..., :half] | (second << 4)
+    row = code.astype(jnp.uint8).reshape(len(code), -1)
+    half = -(-row.shape[1] // 2)
+    second = jnp.pad(row[:, half:], ((0, 0), (0, 2 * half - row.shape[1])))
+    return row[:, :half] | (second << 4)
 
 
 def decode(
-    y: Shaped[Array, "... width"],
+    y: Shaped[Array, "b ..."],
     wire_dtype: str,
-    dtype: jax.typing.DTypeLike,
+    like: jax.ShapeDtypeStruct | Array,
     scale: Scale | None = None,
-) -> Float[Array, "... c"]:
-    """Converts what travelled back to the dtype computed in.
+) -> Float[Array, "b ... c"]:
+    """Converts what travelled back to the shape and dtype computed in.
 
-    >>> s = scale(jnp.zeros(3), jnp.full(3, 255.0), "int8")
-    >>> decode(encode(jnp.array([7.3, 12.0, 999.0]), "int8", s), "int8", "float32", s).tolist()
-    [7.0, 12.0, 255.0]
-    >>> s = scale(jnp.zeros(3), jnp.full(3, 15.0), "int4")
-    >>> decode(encode(jnp.array([7.3, 12.0, 999.0]), "int4", s), "int4", "float32", s).tolist()
-    [7.0, 12.0, 15.0]
+    >>> x, high = jnp.array([[7.3, 12.0, 999.0]]), jnp.array([255.0, 255.0, 255.0])
+    >>> s = scale(0 * high, high, "int8")
+    >>> decode(encode(x, "int8", s), "int8", x, s).tolist()
+    [[7.0, 12.0, 255.0]]
+    >>> s = scale(0 * high, high / 17, "int4")
+    >>> encode(x, "int4", s).shape, decode(encode(x, "int4", s), "int4", x, s).tolist()
+    ((1, 2), [[7.0, 12.0, 15.0]])
     """
     if scale is None:
         if wire_dtype == "bfloat16":
             y = jax.lax.bitcast_convert_type(y, jnp.bfloat16)
-        return y.astype(dtype)
+        return y.astype(like.dtype)
     if wire_dtype == "int4":
-        code = jnp.concatenate([y & 15, y >> 4], -1)[..., : scale.shape[-1]].astype(jnp.float32)
+        row = jnp.concatenate([y & 15, y >> 4], 1)[:, : math.prod(like.shape[1:])]
+        code = row.reshape(like.shape).astype(jnp.float32)
     else:
         code = y.astype(jnp.float32) + 128
-    return (code * scale[1] + scale[0]).astype(dtype)
+    return (code * scale[1] + scale[0]).astype(like.dtype)
 
 
 def rounded(
-    x: Float[Array, "... c"], wire_dtype: str, scale: Scale | None
-) -> Float[Array, "... c"]:
+    x: Float[Array, "b ... c"], wire_dtype: str, scale: Scale | None
+) -> Float[Array, "b ... c"]:
     """What arrives when ``x`` is sent; the gradient is that of clipping alone.
 
     Rounding has no slope of use: the gradient passes straight through (Bengio et al. 2013).
     """
-    arrived = decode(encode(x, wire_dtype, scale), wire_dtype, x.dtype, scale)
+    arrived = decode(encode(x, wire_dtype, scale), wire_dtype, x, scale)
     kept = x
     if scale is not None:
         kept = jnp.clip(x, scale[0], scale[0] + (levels(wire_dtype) - 1) * scale[1])

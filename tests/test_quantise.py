@@ -67,6 +67,11 @@ def test_int4_puts_two_channels_in_a_byte():
     frozen = dj.freeze(layer, x, wire_dtype="int4")
     assert frozen.plan.traffic_bytes == 2 * 2  # three channels in two bytes, both ways
     dj.verify(frozen, x)
+    maps = dj.layers.Conv(6, 6, (3, 3), mesh=layer.mesh, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 6)), jnp.float32)
+    frozen = dj.freeze(maps, x, wire_dtype="int4")
+    assert frozen.plan.traffic_bytes == 2 * 16 * 3 // 2  # nothing is wasted on odd widths
+    dj.verify(frozen, x)
 
 
 def test_clipping_beats_the_full_range_where_codes_are_few():

@@ -149,7 +149,7 @@ def _seconds(
     """What each message round of an exchange takes."""
 
     def size(positions: int, width: int) -> int:
-        return examples * positions * wire.message_bytes(width, exchange.wire_dtype)
+        return examples * wire.message_bytes(positions * width, exchange.wire_dtype)
 
     for positions in exchange.positions:
         for hop in exchange.hops:

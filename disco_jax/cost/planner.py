@@ -122,6 +122,8 @@ def plan_latency(
     prices = price(model, shape, links, gmacs=gmacs)
     worth, own = _worth(model)
     noise = {d: _noise(model, images, d) for d in wire_dtypes}
+    for dtype in wire_dtypes:
+        wire.check_wire_dtype(dtype)
     options = {
         p: [_Option.of(p, d, worth[p], noise[d][p], prices, floor) for d in wire_dtypes]
         for p in found
@@ -165,15 +167,9 @@ class _Option:
         counts = np.arange(first, len(columns) + 1)
         sums = np.concatenate([[0.0], np.cumsum(columns)])[counts]
         hops = prices.nodes - 1  # over which the columns are spread
-        width, more = np.divmod(counts, hops)
-        size = more * _bytes(width + 1, dtype) + (hops - more) * _bytes(width, dtype)
-        seconds = size * prices.byte[path] + counts * prices.macs[path]
+        seconds = counts * (wire.BITS[dtype] / 8 * prices.byte[path] + prices.macs[path])
         seconds += prices.hop * prices.calls[path] * np.minimum(counts, hops)
         return cls(dtype, counts, sums * (1 - noise), seconds)
-
-
-def _bytes(channels: np.ndarray, dtype: str) -> np.ndarray:
-    return np.array([wire.message_bytes(int(c), dtype) for c in channels])
 
 
 _Chosen = dict[str, tuple[_Option, int]]

@@ -36,9 +36,10 @@ class Loopback(Reader):
         for sends in self.sends:
             stop = start + len(sends)
             out, back = (None, None) if scale is None else scale[:, :, start:stop]
-            sent = wire.encode(jnp.take(x, np.array(sends), axis=-1), self.wire_dtype, out)
-            moved = jax.lax.optimization_barrier(sent)  # what travels is really made
-            readable.append(wire.decode(moved, self.wire_dtype, x.dtype, back))
+            sent = jnp.take(x, np.array(sends), axis=-1)
+            moved = wire.encode(sent, self.wire_dtype, out)
+            moved = jax.lax.optimization_barrier(moved)  # what travels is really made
+            readable.append(wire.decode(moved, self.wire_dtype, sent, back))
             start = stop
         return Readable(jnp.concatenate(readable, -1), self.mesh, packed=True, source=id(self))
 

@@ -54,8 +54,9 @@ class ExchangePlan:
 
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
-        return sum(self.positions) * sum(
-            wire.message_bytes(width, self.wire_dtype) * messages
+        return sum(
+            wire.message_bytes(positions * width, self.wire_dtype) * messages
+            for positions in self.positions
             for width, messages in self._messages(nodes)
         )
 
