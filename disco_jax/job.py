@@ -20,7 +20,8 @@ from disco_jax import models, plan, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import sources
-from disco_jax.data.pipeline import Preprocess, evaluation_batches, training_batches
+from disco_jax.data.pipeline import evaluation_batches, training_batches
+from disco_jax.data.preprocess import Preprocess
 from disco_jax.errors import DiscoError, require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh

@@ -20,7 +20,7 @@ import PIL
 from ml_collections import ConfigDict
 
 from disco_jax import plan, runtime
-from disco_jax.data.pipeline import Preprocess
+from disco_jax.data.preprocess import Preprocess
 from disco_jax.data.sources import image_files
 from disco_jax.errors import DiscoError, require
 from disco_jax.plan import artifact

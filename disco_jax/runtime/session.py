@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from disco_jax.data.pipeline import Preprocess
+from disco_jax.data.preprocess import Preprocess
 from disco_jax.data.sources import decode
 from disco_jax.errors import DiscoError, require
 from disco_jax.mesh import NodeMesh
