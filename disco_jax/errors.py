@@ -4,8 +4,10 @@
 class DiscoError(ValueError):
     """Wrong use or bad input: names the thing, its value, the rule and the remedy.
 
-    The command line prints the message alone, without a traceback, and exits with code 2.
+    The command line prints the message alone, without a traceback, and exits with ``exit_code``.
     """
+
+    exit_code = 2
 
 
 def require(condition: bool, message: str) -> None:

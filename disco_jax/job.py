@@ -20,10 +20,12 @@ from disco_jax import models, plan, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import sources
-from disco_jax.data.pipeline import Preprocess, evaluation_batches, training_batches
+from disco_jax.data.pipeline import evaluation_batches, training_batches
+from disco_jax.data.preprocess import Preprocess
 from disco_jax.errors import DiscoError, require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
+from disco_jax.plan import artifact
 from disco_jax.sparsify.quantise import WireDtype
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
@@ -269,9 +271,11 @@ class Job:
         console.print(f"masked: test accuracy {100 * self.test(plan.Program(self.model)):.2f} %")
 
     def run_freeze(self) -> None:
-        """Writes and prints the plan."""
+        """Saves the packed model for ``--mode=serve``, and prints the plan."""
         self.restore("sparse")
-        console.print(str(self.freeze().plan), highlight=False)
+        frozen = self.freeze()
+        frozen.save(self.workdir / artifact.PACKED, replace=True)
+        console.print(str(frozen.plan), highlight=False)
 
     def run_infer(self) -> None:
         """Runs the packed model on the test split."""

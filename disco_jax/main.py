@@ -9,17 +9,32 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from disco_jax import job
-from disco_jax.errors import DiscoError
+from disco_jax import serving
+from disco_jax.errors import DiscoError, require
 from disco_jax.train.progress import console
 
-MODES = ("all", "train", "eval", "freeze", "infer", "report")
+MODES = ("all", "train", "eval", "freeze", "infer", "serve", "profile", "report")
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/resnet50.py:smoke.")
 flags.DEFINE_enum(
     "mode", "all", MODES, "all: train, learn the masks, evaluate, freeze, run packed, report."
 )
 flags.DEFINE_string("workdir", None, "Checkpoints, metrics and reports; default runs/NAME.")
+flags.DEFINE_string("coordinator", None, "Several hosts: HOST:PORT of node 0, a free port.")
+flags.DEFINE_integer("num_nodes", None, "Several hosts: how many, as many as the plan has nodes.")
+flags.DEFINE_integer("node_id", None, "Several hosts: which of them this is, from 0.")
+flags.DEFINE_string("interface", None, "Several hosts: the network interface to talk through.")
+flags.DEFINE_float("timeout", 60, "Several hosts: seconds after which a silent one is lost.", 1)
+flags.DEFINE_string("images", None, "serve: a folder, or - for a path on each line of stdin.")
+flags.DEFINE_integer("batch_size", 1, "serve: images at a time.", 1)
+flags.DEFINE_boolean("supervise", False, "serve: start again when a node is lost.")
+flags.DEFINE_integer("restarts", 10, "supervise: how often.", 0)
+
+HOSTS = ("coordinator", "num_nodes", "node_id", "interface", "timeout")
+FOR_MODES = {
+    **dict.fromkeys(HOSTS, ("serve", "profile")),
+    **dict.fromkeys(("images", "batch_size", "supervise", "restarts"), ("serve",)),
+}
 
 
 def parse(argv: list[str]) -> None:
@@ -37,6 +52,20 @@ def parse(argv: list[str]) -> None:
         raise DiscoError(f"`{rest[0]}` is not a flag; write --name=value, and see --help")
     if name is None:
         raise DiscoError("`--config` is missing; pass one, such as --config=configs/resnet50.py")
+    _check_combination()
+
+
+def _check_combination() -> None:
+    for flag, modes in FOR_MODES.items():
+        require(
+            not FLAGS[flag].present or FLAGS.mode in modes,
+            f"`--{flag}` (={FLAGS[flag].value}) is for --mode={' and --mode='.join(modes)}; remove "
+            f"it from --mode={FLAGS.mode}, which runs on one host",
+        )
+    require(
+        FLAGS.supervise or not (FLAGS["restarts"].present and FLAGS.restarts),
+        f"`--restarts` (={FLAGS.restarts}) is for --supervise; add that, or remove it",
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -47,28 +76,41 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def dispatch() -> None:
-    """Runs the chosen mode."""
+def dispatch(argv: list[str]) -> int:
+    """Runs the chosen mode, and returns the exit code."""
     workdir = Path(FLAGS.workdir or Path("runs") / FLAGS.config.name)
+    hosts = {name: FLAGS[name].value for name in HOSTS}
+    if FLAGS.supervise:
+        return serving.supervise(argv, FLAGS.images, hosts, FLAGS.restarts, FLAGS.batch_size)
+    if FLAGS.mode == "serve":
+        return serving.serve(FLAGS.config, workdir, FLAGS.images, hosts, FLAGS.batch_size)
+    if FLAGS.mode == "profile":
+        return serving.profile(FLAGS.config, workdir, hosts)
+    from disco_jax import job  # what serves has no need of training code
+
     if FLAGS.mode == "report":
         job.print_report(workdir)
     else:
         getattr(job.Job(FLAGS.config, workdir), f"run_{FLAGS.mode}")()
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 after wrong use or bad input, 130 when interrupted."""
+    """Returns the exit code.
+
+    0; 2 after wrong use or bad input; 3 when another node was lost; 130 when interrupted.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    argv = sys.argv if argv is None else argv
     try:
-        parse(sys.argv if argv is None else argv)
-        dispatch()
+        parse(argv)
+        return dispatch(argv)
     except DiscoError as error:
         console.print(f"[bold red]error[/]: {error}", markup=True, highlight=False, soft_wrap=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the newest checkpoint")
+        console.print("interrupted; the same command goes on, training from the newest checkpoint")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -89,6 +89,16 @@ def test_nothing_is_overwritten(saved):
         frozen.save(directory)
 
 
+def test_an_older_model_is_replaced_and_nothing_else(saved, tmp_path):
+    target = copy(saved[0], tmp_path / "packed")
+    (target / "of_old").touch()
+    saved[1].save(target, replace=True)
+    assert {p.name for p in target.iterdir()} == {p.name for p in saved[0].iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    with pytest.raises(dj.DiscoError, match="is not empty"):
+        saved[1].save(tmp_path, replace=True)
+
+
 def test_a_network_of_ones_own_is_built_by_its_function(tmp_path):
     class Own(nnx.Module):
         def __init__(self, mesh):

@@ -68,6 +68,7 @@ def test_modes_go_on_from_the_workdir(workdir, mode, says):
     done = run(SMOKE, f"--workdir={workdir}", f"--mode={mode}")
     assert done.returncode == 0, done.stderr
     assert re.search(says, done.stdout + done.stderr)
+    assert mode != "freeze" or (workdir / "packed" / "manifest.json").is_file()
 
 
 WRONG = {

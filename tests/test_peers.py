@@ -207,3 +207,37 @@ def test_a_broken_message_is_a_fault():
     b.close()
     assert "the connection to node 1 broke" in faults[0]
     peers.close()
+
+
+def pair(**how):
+    a, b = socket.socketpair()
+    return Peers(0, {1: Channel(a, 5.0)}, timeout=5.0, **how), b
+
+
+def test_what_node_0_gives_is_what_the_others_take():
+    peers, b = pair()
+    other = Peers(1, {0: Channel(b, 5.0)}, timeout=5.0)
+    given = [[b"", b"\n{}", os.urandom(300_000)], [], [b"x"]]
+    for parts in given:
+        peers.give(parts)
+    assert [other.take() for _ in given] == given
+    threads = [threading.Thread(target=p.close) for p in (peers, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "junk", [b'{"data": 9}\nshort', b'{"data": 1}\nx{"parts": [2]}\n', b'{"parts": 2}\n']
+)
+def test_data_that_do_not_add_up_are_a_fault(junk):
+    faults = []
+    peers, b = pair(on_fault=faults.append)
+    b.sendall(junk)
+    b.close()
+    deadline = time.monotonic() + 5
+    while not faults and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "the connection to node 1 broke" in faults[0]
+    peers.close()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -64,13 +64,7 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        try:
-            image = np.asarray(Image.open(path).convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise DiscoError(
-                f"`image` {path} cannot be read ({error}); replace or remove the file"
-            ) from None
-        return {"image": image, "label": self.labels[index]}
+        return {"image": decode(path, str(path)), "label": self.labels[index]}
 
     def subset(self, index: np.ndarray) -> FileSource:
         return FileSource(
@@ -78,6 +72,31 @@ class FileSource:
             tuple(self.labels[i] for i in index),
             self.num_classes,
         )
+
+
+def decode(
+    file: Path | BinaryIO, name: str, channels: int = 3
+) -> UInt8[np.ndarray, "h w channels"]:
+    """The pixels of an image file in colour, or in grey if there is 1 channel.
+
+    Raises:
+      DiscoError: if it is missing, damaged, no image, or of absurd size; it has the ``name``.
+    """
+    try:
+        image = np.asarray(Image.open(file).convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no format that Pillow knows" if unknown else " ".join(str(error).split())
+        raise DiscoError(
+            f"`image` {name} cannot be read ({reason}); replace or remove the file"
+        ) from None
+    return image.reshape(*image.shape[:2], -1)
+
+
+def image_files(found: Iterable[Path]) -> list[Path]:
+    """Those whose names end as images' do, sorted."""
+    suffixes = set(Image.registered_extensions())
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
 def hold_out(count: int, split: str) -> Int[np.ndarray, "m"]:
@@ -199,12 +218,10 @@ def _class_folders(root: Path, classes: list[str]) -> FileSource:
         f"`{root}` has class folders {unknown} that the train folder lacks; the splits must have "
         "the same classes",
     )
-    suffixes = set(Image.registered_extensions())
     found = [
         (path, label)
         for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in suffixes
+        for path in image_files((root / name).rglob("*"))
     ]
     require(bool(found), f"`{root}` holds no images; put them in {root}/CLASS/")
     paths, labels = zip(*found, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,23 @@ from disco_jax.version import __version__
 
 FORMAT = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
+PACKED = "packed"  # where in a workdir the command line saves it
 
 
-def write(model: nnx.Module, plan: CommunicationPlan, directory: Path | str) -> None:
+def write(
+    model: nnx.Module, plan: CommunicationPlan, directory: Path | str, *, replace: bool = False
+) -> None:
     """Writes a packed model; the directory appears when all of it is there.
 
     Raises:
-      DiscoError: if the directory exists and is not empty or cannot be written, or this process
-        has not all of the model.
+      DiscoError: if the directory exists and is not empty (with ``replace``: and is no packed
+        model) or cannot be written, or this process has not all of the model.
     """
     directory = Path(directory)
     require(
-        not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
+        not directory.exists()
+        or (replace and (directory / MANIFEST).is_file())
+        or (directory.is_dir() and not any(directory.iterdir())),
         f"`directory` (={directory}) exists and is not empty; remove it, or choose another",
     )
     nodes, variables = plan.nodes, _variables(model)
@@ -50,9 +56,11 @@ def write(model: nnx.Module, plan: CommunicationPlan, directory: Path | str) -> 
         f"process has all of it: freeze with mesh=NodeMesh(nodes={nodes}, emulate=True)",
     )
     axes = {name: _node_axis(v[...]) for name, v in variables.items()}
-    begun = directory.with_name(directory.name + ".partial")
+    begun, old = (directory.with_name(directory.name + end) for end in (".partial", ".old"))
     try:
-        begun.mkdir(parents=True, exist_ok=True)
+        for left in (begun, old):  # by a process that was interrupted
+            shutil.rmtree(left, ignore_errors=True)
+        begun.mkdir(parents=True)
         (begun / PLAN).write_text(plan.to_json())
         for node in range(nodes):
             share = {n: _share(v[...], axes[n], node, nodes) for n, v in variables.items()}
@@ -68,7 +76,10 @@ def write(model: nnx.Module, plan: CommunicationPlan, directory: Path | str) -> 
             "sha256": {name: _checksum(begun / name) for name in files},
         }
         (begun / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if replace and directory.exists():
+            directory.replace(old)
         begun.replace(directory)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise DiscoError(
             f"`directory` (={directory}) cannot be written ({error.strerror}); choose another"

@@ -74,15 +74,20 @@ class Frozen:
         """The program that runs."""
         return self._program.lower(images)
 
-    def save(self, directory: Path | str) -> None:
+    def save(self, directory: Path | str, *, replace: bool = False) -> None:
         """Writes the model to a directory for ``disco_jax.load``.
 
         A node needs of it ``plan.json``, ``manifest.json`` and the weights in its own file.
 
+        Args:
+          directory: appears when all of it is there.
+          replace: takes the place of an older packed model.
+
         Raises:
-          DiscoError: if the directory exists and is not empty, or cannot be written.
+          DiscoError: if the directory exists and is neither empty nor to be replaced, or cannot be
+            written.
         """
-        artifact.write(self.model, self.plan, directory)
+        artifact.write(self.model, self.plan, directory, replace=replace)
 
 
 def lower(model: nnx.Module, images: Images) -> jax.stages.Lowered:

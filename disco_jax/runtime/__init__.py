@@ -3,5 +3,15 @@
 from disco_jax.runtime.launch import connect, connected
 from disco_jax.runtime.peers import Peers
 from disco_jax.runtime.profile import Profile, measure_links, profile
+from disco_jax.runtime.session import Session, mesh_of_hosts
 
-__all__ = ["Peers", "Profile", "connect", "connected", "measure_links", "profile"]
+__all__ = [
+    "Peers",
+    "Profile",
+    "Session",
+    "connect",
+    "connected",
+    "measure_links",
+    "mesh_of_hosts",
+    "profile",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import socket
 from typing import Any
@@ -65,23 +67,15 @@ def connect(
       DiscoError: if one of the three arguments is missing or wrong, JAX is running already, the
         others do not come in time, or they differ in version, ``num_nodes`` or ``facts``.
     """
-    if not _asked_for(coordinator, num_nodes, node_id, interface):
+    place = find(coordinator, num_nodes, node_id, interface=interface, timeout=timeout)
+    if place is None:
         return Peers(0, {}, timeout=timeout)
-    if coordinator is None:
-        coordinator, num_nodes, node_id, _ = (
-            clusters.ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, None, launcher(), int(timeout)
-            )
-        )
-    _check(coordinator, num_nodes, node_id)
+    coordinator, num_nodes, node_id = place
     require(
         not xla_bridge.backends_are_initialized(),
         "`connect` comes too late: JAX has computed something already; call "
         "disco_jax.runtime.connect first",
     )
-    assert coordinator is not None
-    assert num_nodes is not None
-    assert node_id is not None
     agreed = {"num_nodes": num_nodes, "disco_jax": __version__, "jax": jax.__version__}
     agreed |= dict(facts or {})
     channels, go = peers.meet(
@@ -99,7 +93,46 @@ def connect(
         heartbeat_timeout_seconds=int(10 * timeout),  # the peers are faster, and say who
     )
     _talk_through(interface, coordinator)
-    return Peers(node_id, channels, timeout=timeout)
+    joined = Peers(node_id, channels, timeout=timeout)
+    atexit.register(_leave, joined)
+    return joined
+
+
+def _leave(joined: Peers) -> None:
+    """At exit JAX waits for all, for minutes, and aborts; after a fault nobody comes."""
+    state = distributed.global_state
+    if joined.failed:
+        for kept in (state.client, state.service):  # their destructors would wait as well
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        state.client = state.service = None
+
+
+def find(
+    coordinator: str | None = None,
+    num_nodes: int | None = None,
+    node_id: int | None = None,
+    *,
+    interface: str | None = None,
+    timeout: float = 60,
+) -> tuple[str, int, int] | None:
+    """The arguments of :func:`connect`, or what the launcher says of them; None where it is alone.
+
+    Raises:
+      DiscoError: if one of the arguments is missing or wrong.
+    """
+    if not _asked_for(coordinator, num_nodes, node_id, interface):
+        return None
+    if coordinator is None:
+        coordinator, num_nodes, node_id, _ = (
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, launcher(), int(timeout)
+            )
+        )
+    _check(coordinator, num_nodes, node_id)
+    assert coordinator is not None
+    assert num_nodes is not None
+    assert node_id is not None
+    return coordinator, num_nodes, node_id
 
 
 def _asked_for(coordinator: Any, num_nodes: Any, node_id: Any, interface: str | None) -> bool:

@@ -2,27 +2,34 @@
 
 Every node keeps one TCP connection to node 0, apart from the links that activations cross. JAX
 itself aborts a process whose peers are missing, without saying which; so the nodes meet here first.
-A message is one line of JSON: ``{"hello": node, "facts": {...}}``, ``{"go": {...}}``,
-``{"alive": node}``, ``{"fault": cause}`` or ``{"bye": node}``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import queue
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jax.errors import JaxRuntimeError
+
 from disco_jax.errors import DiscoError
+from disco_jax.runtime.channel import Channel, Facts, cut, send_all
 
 EXIT_CODE = 3
 PATIENCE = 5.0  # seconds for whoever connects to say who it is
-Facts = Mapping[str, Any]
+PIECE = 1 << 16  # bytes of data in a message
+
+
+class AbsentError(DiscoError):
+    """A node did not come in time; it may when the same is started again."""
+
+    exit_code = EXIT_CODE
 
 
 def end_process(cause: str) -> None:
@@ -33,6 +40,10 @@ def end_process(cause: str) -> None:
 
 class Peers:
     """The other nodes, watched until :meth:`close`.
+
+    Attributes:
+      node: which node this is.
+      failed: whether it left because something went wrong here.
 
     Args:
       node: which node this is.
@@ -50,8 +61,10 @@ class Peers:
         on_fault: Callable[[str], None] = end_process,
     ):
         self.node, self._channels, self._timeout, self._on_fault = node, channels, timeout, on_fault
+        self.failed = False
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._given: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._listen, args=item, daemon=True)
             for item in channels.items()
@@ -65,33 +78,61 @@ class Peers:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, JaxRuntimeError):  # of a collective, maybe, that misses a node
+            self._wait(self._timeout)  # who hears that one is lost ends this process, and names it
         self.close(None if error is None else str(error) or type(error).__name__)
 
     def close(self, fault: str | None = None) -> None:
         """Leaves: waits until all are done, or tells the others what went wrong here."""
         if fault is not None:
+            self.failed = True
             self._over.set()
             self._tell({"fault": f"node {self.node}: {fault.splitlines()[0]}"})
             return
         self._over.set()
         self._tell({"bye": self.node})
-        deadline = time.monotonic() + self._timeout
+        self._wait(self._timeout)
+
+    def _wait(self, seconds: float) -> None:
+        """Until all others are done or gone."""
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def give(self, parts: Sequence[bytes]) -> None:
+        """Sends byte strings to the nodes this one talks to, for their next :meth:`take`."""
+        data = memoryview(b"".join(parts))
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._tell({"data": len(piece)}, piece)
+        self._tell({"parts": [len(part) for part in parts]})
+
+    def take(self) -> list[bytes]:
+        """Waits for what node 0 gives next."""
+        return self._given.get()
 
     def _listen(self, node: int, channel: Channel) -> None:
+        data = bytearray()
         try:
             while message := channel.receive():
+                if "data" in message:
+                    data += channel.read(message["data"])
+                if "parts" in message:
+                    self._given.put(cut(bytes(data), message["parts"]))
+                    data.clear()
                 if "bye" in message:
                     self._see_off(node)
                     return
                 if "fault" in message:
+                    if self.node == 0:
+                        channel.drain(PATIENCE)
                     self._fail(message["fault"], source=node)
                     return
             cause = f"node {node} ended without a word; see what it printed last"
         except TimeoutError:
             cause = f"node {node} was not heard of for {self._timeout:g} s: it or its link stalls"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             cause = f"the connection to node {node} broke ({error})"
         self._fail(cause, source=node)
 
@@ -104,10 +145,11 @@ class Peers:
         while not self._over.wait(self._timeout / 5):
             self._tell({"alive": self.node})
 
-    def _tell(self, message: Facts, *, but: int | None = None) -> None:
-        _send_all(
-            self._channels.values(), message, but=self._channels.get(-1 if but is None else but)
-        )
+    def _tell(
+        self, message: Facts, data: bytes | memoryview = b"", *, but: int | None = None
+    ) -> None:
+        channels = (c for node, c in self._channels.items() if node != but)
+        send_all(channels, message, data)
 
     def _fail(self, cause: str, *, source: int | None = None) -> None:
         with self._lock:
@@ -115,32 +157,9 @@ class Peers:
                 return
             self._over.set()
         self._tell({"fault": cause}, but=source)
+        if self.node == 0:  # with it goes JAX's coordinator, without which the others abort
+            self._wait(PATIENCE)
         self._on_fault(cause)
-
-
-class Channel:
-    """Lines of JSON over a socket."""
-
-    def __init__(self, connection: socket.socket, timeout: float):
-        connection.settimeout(timeout)
-        self._connection, self._lines = connection, connection.makefile("r", encoding="utf8")
-        self._lock = threading.Lock()
-
-    def send(self, message: Facts) -> None:
-        with self._lock:
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> dict[str, Any]:
-        """The next message; empty at the end."""
-        line = self._lines.readline()
-        message = json.loads(line) if line else {}
-        if not isinstance(message, dict):
-            raise ValueError(f"{line.strip()!r} is not a message")
-        return message
-
-    def patience(self, timeout: float) -> None:
-        """Sets the seconds after which silence is an error."""
-        self._connection.settimeout(timeout)
 
 
 def meet(
@@ -175,8 +194,12 @@ def meet(
         answer = {}
     if "go" in answer:
         return {0: channel}, answer["go"]
-    cause = answer.get("fault", f"node 0 at {coordinator} did not answer within {timeout:g} s")
-    raise DiscoError(f"{cause}; start the same command on every host")
+    if "fault" in answer:
+        raise (AbsentError if answer["again"] else DiscoError)(answer["fault"])
+    raise AbsentError(
+        f"node 0 at {coordinator} did not answer within {timeout:g} s; start the same command on "
+        "every host"
+    )
 
 
 def _welcome(
@@ -184,25 +207,29 @@ def _welcome(
 ) -> dict[int, Channel]:
     """Node 0: hears everybody, and says go, or what is wrong."""
     here: dict[int, Channel] = {}
-    cause = None
+    error: DiscoError | None = None
+    remedy = "start the same command on every host"
     with _server(port) as server:
-        while len(here) < nodes - 1 and cause is None:
+        while len(here) < nodes - 1 and error is None:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = ", ".join(str(n) for n in range(1, nodes) if n not in here)
-                cause = f"node {missing} did not come within {timeout:g} s"
+                error = AbsentError(f"node {missing} did not come within {timeout:g} s; {remedy}")
                 break
             heard = _hear(connection, timeout)
             if heard is None:
                 continue
             channel, hello = heard
-            cause = _objection(hello, here, nodes, facts)
-            here[hello["hello"] if cause is None else nodes] = channel  # to be told
-    _send_all(here.values(), {"go": facts["go"]} if cause is None else {"fault": cause})
-    if cause is not None:
-        raise DiscoError(f"{cause}; start the same command on every host")
+            if cause := _objection(hello, here, nodes, facts):
+                error = DiscoError(f"{cause}; {remedy}")
+            here[hello["hello"] if error is None else nodes] = channel  # to be told
+    if error is not None:
+        again = isinstance(error, AbsentError)
+        send_all(here.values(), {"fault": str(error), "again": again})
+        raise error
+    send_all(here.values(), {"go": facts["go"]})
     return here
 
 
@@ -236,7 +263,7 @@ def _knock(host: str, port: int, deadline: float, timeout: float) -> Channel:
             return Channel(socket.create_connection((host, port), timeout=left), timeout)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise DiscoError(
+                raise AbsentError(
                     f"node 0 at {host}:{port} did not answer within {timeout:g} s ({error}); start "
                     "the same command on every host, and check the address and that its port is "
                     "open"
@@ -253,10 +280,3 @@ def _objection(hello: Facts, here: Mapping[int, Any], nodes: int, facts: Facts) 
     if node not in range(1, nodes) or node in here:
         return f"`node_id` (={node}) came twice, or is not 1 ... {nodes - 1}"
     return None
-
-
-def _send_all(channels: Iterable[Channel], message: Facts, *, but: Channel | None = None) -> None:
-    for channel in channels:
-        if channel is not but:
-            with contextlib.suppress(OSError):  # its listener finds out what is wrong
-                channel.send(message)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from disco_jax.data.pipeline import Preprocess, evaluation_batches
+from disco_jax.data.pipeline import evaluation_batches
+from disco_jax.data.preprocess import Preprocess
 from disco_jax.data.sources import Source
 from disco_jax.errors import DiscoError, require
 from disco_jax.mesh import NodeMesh

@@ -1,0 +1,151 @@
+"""A packed model at work: images come in at node 0, and their classes come out there, in order."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from disco_jax.data.preprocess import Preprocess
+from disco_jax.data.sources import decode
+from disco_jax.errors import DiscoError, require
+from disco_jax.mesh import NodeMesh
+from disco_jax.plan import Frozen, Program
+from disco_jax.runtime.launch import connected
+from disco_jax.runtime.peers import Peers
+
+Answer = dict[str, Any]
+Picture = Float[np.ndarray, "size size c"]
+REMEMBERED = 10_000  # batches whose times make up the percentiles
+
+
+class BestClass(nnx.Module):
+    """A classifier, and the name and probability of the class it prefers, known to every node.
+
+    The logits stay split over the nodes where they divide by them; they are collected here. This
+    one gather of ``4 * classes * (nodes - 1)`` bytes per image comes on top of the plan.
+    """
+
+    def __init__(self, model: nnx.Module, mesh: NodeMesh):
+        self.model = model
+        self.mesh = mesh
+
+    def __call__(self, images: Float[Array, "b ..."]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+        logits: Array = self.mesh.replicate(self.model(images))  # type: ignore[operator]
+        scores = jax.nn.softmax(logits.astype(jnp.float32))
+        return scores.argmax(-1), scores.max(-1)
+
+
+class Session:
+    """A loaded model, compiled and warm, on this host or as one of several.
+
+    Node 0 calls :meth:`answers`, all others :meth:`follow`. Every node prepares the images itself,
+    from the bytes of the files that node 0 has read.
+
+    Args:
+      frozen: the packed model, on one device per process where there are several.
+      preprocess: from pixels to the model's input; for images of 1 (grey) or 3 channels.
+      peers: the other nodes.
+      batch_size: images at a time; the last batch is filled up.
+
+    Raises:
+      DiscoError: if there are other than 1 or 3 channels.
+    """
+
+    def __init__(self, frozen: Frozen, preprocess: Preprocess, peers: Peers, batch_size: int = 1):
+        channels, size = len(preprocess.mean), preprocess.size
+        require(
+            channels in (1, 3),
+            f"`data.mean` (={preprocess.mean}) must have 1 (grey) or 3 entries, as image files do",
+        )
+        self._preprocess, self._peers = preprocess, peers
+        self._program = Program(BestClass(frozen.model, frozen.mesh))
+        self._shape = (batch_size, size, size, channels)
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._served = self._unreadable = 0
+        self._classify([])
+
+    def answers(self, paths: Iterable[str]) -> Iterator[Answer]:
+        """Node 0: for each path ``{"image", "class", "score"}``, or ``{"image", "error"}``."""
+        paths = iter(paths)
+        while some := list(itertools.islice(paths, self._shape[0])):
+            yield from self._answer(some)
+        self._peers.give([])
+
+    def follow(self) -> None:
+        """Every other node: computes its share until node 0 has no more images."""
+        while files := self._peers.take():
+            self._classify([self._prepare(file, "from node 0") for file in files])
+
+    def summary(self) -> str:
+        """How many images were served, and how fast: times from reading a batch to its answers."""
+        said = f"{self._served} images served, {self._unreadable} unreadable"
+        if not self._seconds:
+            return said
+        p50, p90, p99 = 1e3 * np.percentile(self._seconds, (50, 90, 99))
+        rate = self._shape[0] / np.mean(self._seconds)
+        return (
+            f"{said}; a batch of {self._shape[0]} in p50 {p50:.1f} ms, p90 {p90:.1f} ms, "
+            f"p99 {p99:.1f} ms; {rate:.1f} images/s"
+        )
+
+    def _answer(self, paths: Sequence[str]) -> list[Answer]:
+        start = time.perf_counter()
+        read, errors = [], {}
+        for i, path in enumerate(paths):
+            try:
+                read.append(self._read(Path(path)))
+            except DiscoError as error:
+                errors[i] = str(error)
+        self._unreadable += len(errors)
+        found: Iterator[Answer] = iter(())
+        if read:
+            files, pictures = zip(*read, strict=True)
+            self._peers.give(files)
+            found = iter(self._classify(pictures))
+            self._served += len(read)
+            self._seconds.append(time.perf_counter() - start)
+        return [
+            {"image": path, **({"error": errors[i]} if i in errors else next(found))}
+            for i, path in enumerate(paths)
+        ]
+
+    def _read(self, path: Path) -> tuple[bytes, Picture]:
+        require(path.is_file(), f"`image` {path} is not a file; name one that exists")
+        try:
+            file = path.read_bytes()
+        except OSError as error:
+            raise DiscoError(
+                f"`image` {path} cannot be read ({error.strerror}); replace or remove the file"
+            ) from None
+        return file, self._prepare(file, str(path))
+
+    def _prepare(self, file: bytes, name: str) -> Picture:
+        image = decode(io.BytesIO(file), name, self._shape[-1])
+        return self._preprocess({"image": image}, np.random.default_rng(0))["image"]
+
+    def _classify(self, pictures: Sequence[Picture]) -> list[Answer]:
+        batch = np.zeros(self._shape, np.float32)
+        for place, picture in zip(batch, pictures, strict=False):
+            place[:] = picture
+        classes, scores = jax.device_get(self._program(batch))  # type: ignore[arg-type]
+        found = zip(classes.tolist(), scores.tolist(), strict=True)
+        return [{"class": c, "score": s} for c, s in itertools.islice(found, len(pictures))]
+
+
+def mesh_of_hosts(nodes: int) -> NodeMesh:
+    """A node for each process; in a process that is alone all nodes."""
+    if not connected():
+        return NodeMesh(nodes)
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    return NodeMesh(nodes, devices=[first[i] for i in range(nodes)])
