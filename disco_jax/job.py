@@ -16,17 +16,16 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import models, plan, wire
+from disco_jax import models, plan, settings, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import sources
 from disco_jax.data.pipeline import evaluation_batches, training_batches
 from disco_jax.data.preprocess import Preprocess
-from disco_jax.errors import DiscoError, require
+from disco_jax.errors import require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan import artifact
-from disco_jax.sparsify.quantise import WireDtype
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -48,7 +47,7 @@ class Job:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         check_writable(workdir)
-        check(config)
+        settings.check(config)
         self.config, self.workdir = config, workdir
         self.mesh = NodeMesh(config.nodes, config.data_parallel, emulate=config.emulate)
         console.print(f"{config.name}: {config.model.name} on {self.mesh}")
@@ -67,7 +66,9 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
-        self.recipe = recipes.Recipe(config.sparse, self.model, self.images, wire_dtype(config))
+        self.recipe = recipes.Recipe(
+            config.sparse, self.model, self.images, settings.wire_dtype(config)
+        )
         self.phase("dense"), self.phase("sparse")  # what is wrong there is said now
         for split in sources.SPLITS:
             sources.load(data.source, split)
@@ -287,77 +288,6 @@ class Job:
             f"packed on {frozen.mesh}: test accuracy {100 * accuracy:.2f} % in "
             f"{self.seconds()['infer']} s"
         )
-
-
-def print_report(workdir: Path) -> None:
-    """Prints and renders again what ``--mode=all`` found."""
-    path = workdir / "report.json"
-    try:
-        content = json.loads(path.read_text())
-    except OSError:
-        raise DiscoError(
-            f"`workdir` (={workdir}) has no report.json; run --mode=all there first"
-        ) from None
-    except ValueError as error:
-        raise DiscoError(
-            f"`{path}` is not JSON ({error}); run --mode=all there to write it again"
-        ) from None
-    try:
-        reports.write(content, workdir)
-    except (KeyError, TypeError) as error:
-        raise DiscoError(
-            f"`{path}` lacks {error}; run --mode=all there to write it again"
-        ) from None
-    reports.show(content)
-
-
-def check(config: ConfigDict) -> None:
-    """Refuses sizes that cannot work together, before anything is loaded."""
-    for name in ("batch_size", "eval_batch_size", "accumulate", "nodes", "data_parallel"):
-        require(
-            isinstance(config[name], int) and config[name] >= 1,
-            f"`{name}` (={config[name]!r}) must be a positive integer; set --config.{name}=1",
-        )
-    step = config.accumulate * config.data_parallel
-    require(
-        config.batch_size % step == 0,
-        f"`batch_size` (={config.batch_size}) must be divisible by `accumulate` "
-        f"(={config.accumulate}) x `data_parallel` (={config.data_parallel}); choose a multiple of "
-        f"{step}",
-    )
-    for name in ("dense", "sparse"):
-        require(
-            config[name].epochs > 0,
-            f"`{name}.epochs` (={config[name].epochs}) must be positive; 0.1 is a tenth of one",
-        )
-    require(
-        config.max_steps >= 0,
-        f"`max_steps` (={config.max_steps}) must be 0 (all that the epochs take) or more",
-    )
-    require(
-        0 <= config.sparse.mask_share < 1,
-        f"`sparse.mask_share` (={config.sparse.mask_share}) must be at least 0 and below 1: the "
-        "share of the updates after which the masks are final; choose one, such as 0.5",
-    )
-    require(
-        config.eval_batch_size % config.data_parallel == 0,
-        f"`eval_batch_size` (={config.eval_batch_size}) must be divisible by `data_parallel` "
-        f"(={config.data_parallel}); choose a multiple",
-    )
-    recipes.check(config.sparse)
-    require(
-        len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),
-        f"`data.mean` (={tuple(config.data.mean)}) and `data.std` (={tuple(config.data.std)}) must "
-        "have one entry for each channel, and std must be positive; correct the config",
-    )
-
-
-def wire_dtype(config: ConfigDict) -> WireDtype:
-    """What a config says travels: its rules, then its ``wire_dtype`` for all else."""
-    rules = tuple(config.wire_rules)
-    if config.wire_dtype is not None:
-        rules = (*rules, ("", config.wire_dtype))
-    return rules or None
 
 
 def _preprocess(transforms: Any, size: int, mean: Any, std: Any) -> Preprocess:

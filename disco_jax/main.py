@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from disco_jax import serving
+from disco_jax import report, serving
 from disco_jax.errors import DiscoError, require
 from disco_jax.train.progress import console
 
@@ -86,11 +86,11 @@ def dispatch(argv: list[str]) -> int:
         return serving.serve(FLAGS.config, workdir, FLAGS.images, hosts, FLAGS.batch_size)
     if FLAGS.mode == "profile":
         return serving.profile(FLAGS.config, workdir, hosts)
-    from disco_jax import job  # what serves has no need of training code
-
     if FLAGS.mode == "report":
-        job.print_report(workdir)
+        report.print_again(workdir)
     else:
+        from disco_jax import job  # what serves has no need of training code
+
         getattr(job.Job(FLAGS.config, workdir), f"run_{FLAGS.mode}")()
     return 0
 

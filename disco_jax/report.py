@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from disco_jax.errors import DiscoError
 from disco_jax.plan import CommunicationPlan
 
 
@@ -174,3 +175,25 @@ img {{ max-width: 100% }}
 <h2>Wall time</h2><table>{walls}</table>
 </body></html>
 """
+
+
+def print_again(workdir: Path) -> None:
+    """Prints and renders again what ``--mode=all`` found."""
+    path = workdir / "report.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError:
+        raise DiscoError(
+            f"`workdir` (={workdir}) has no report.json; run --mode=all there first"
+        ) from None
+    except ValueError as error:
+        raise DiscoError(
+            f"`{path}` is not JSON ({error}); run --mode=all there to write it again"
+        ) from None
+    try:
+        write(content, workdir)
+    except (KeyError, TypeError) as error:
+        raise DiscoError(
+            f"`{path}` lacks {error}; run --mode=all there to write it again"
+        ) from None
+    show(content)

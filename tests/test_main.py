@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from disco_jax.config import defaults
-from disco_jax.job import check
+from disco_jax.settings import check
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
