@@ -96,6 +96,14 @@ class NodeMesh:
         """True when each of several nodes has a device of its own."""
         return self.jax_mesh.shape[NODE] > 1
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a device computes while messages are under way, as accelerators do.
+
+        A collective of XLA:CPU blocks the thread that computes.
+        """
+        return self.distributed and self.jax_mesh.devices.flat[0].platform != "cpu"
+
     def sharding(self, *spec: str | None) -> NamedSharding:
         """The placement on this mesh of an array whose axes are split as ``spec`` says."""
         return NamedSharding(self.jax_mesh, PartitionSpec(*spec))

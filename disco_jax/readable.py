@@ -29,6 +29,8 @@ class Readable:
       values: ``[b, ..., n*r]``, one block of ``r`` readable channels for each node; where
         ``split`` is False, ``[b, ..., r]`` that every node holds.
       mesh: the nodes.
+      received: ``[b, ..., n*m]``, where ``values`` are own channels alone: what the other nodes
+        have sent. The product with own channels need not wait for it.
       gate: ``[n, r]``, what each node's weights are multiplied by, channel by channel: a mask, or
         numbers between 0 and 1 while gates are learned; None reads all. It may be several times as
         wide as the kernel, for several versions of each channel, of which a node reads one.
@@ -41,6 +43,7 @@ class Readable:
 
     values: Float[Array, "b ... c"]
     mesh: NodeMesh = dataclasses.field(metadata={"static": True})
+    received: Float[Array, "b ... m"] | None = None
     gate: Float[Array, "n r"] | Bool[Array, "n r"] | None = None
     split: bool = dataclasses.field(default=True, metadata={"static": True})
     reach: Bool[Array, "n r"] | None = None
@@ -49,7 +52,8 @@ class Readable:
 
     def replace(self, values: Float[Array, "b ... c"]) -> Readable:
         """The same with other ``values`` (another dtype, say)."""
-        return dataclasses.replace(self, values=values)
+        received = None if self.received is None else self.received.astype(values.dtype)
+        return dataclasses.replace(self, values=values, received=received)
 
     def apply(self, op: Operation, kernel: Float[Array, "..."]) -> Float[Array, "b ... c_out"]:
         """The local operation: every node computes its ``c_out/n`` outputs from what it reads.
@@ -67,8 +71,12 @@ class Readable:
         check_batch(self.values, self.mesh)
         ndim = self.values.ndim
 
-        def on_node(x: Array, kernel: Array, *gates: Array | None) -> Array:
-            return op(x, _gated(kernel[0] if self.packed else kernel, *gates))
+        def on_node(x: Array, received: Array | None, kernel: Array, *gates: Any) -> Array:
+            kernel = _gated(kernel[0] if self.packed else kernel, *gates)
+            if received is None:
+                return op(x, kernel)
+            own = x.shape[-1]
+            return op(x, kernel[..., :own, :]) + op(received, kernel[..., own:, :])
 
         return jax.shard_map(
             on_node,
@@ -77,12 +85,13 @@ class Readable:
                 activation_spec(ndim, self.mesh)
                 if self.split
                 else batch_spec(ndim, self.mesh),  # [b/data, ..., r]
+                activation_spec(ndim, self.mesh),  # [b/data, ..., m]
                 P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
                 P(NODE),  # [1, r]
                 P(NODE),  # [1, r]
             ),
             out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
-        )(self.values, kernel, self.gate, self.reach)
+        )(self.values, self.received, kernel, self.gate, self.reach)
 
     def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
         # One call a node: a vmapped convolution is a grouped one, for which CPUs have no fast code.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from disco_jax import recipe
+from disco_jax import recipe, wire
 from disco_jax.errors import require
 from disco_jax.sparsify.quantise import WireDtype
 
@@ -42,6 +42,9 @@ def check(config: ConfigDict) -> None:
         f"`eval_batch_size` (={config.eval_batch_size}) must be divisible by `data_parallel` "
         f"(={config.data_parallel}); choose a multiple",
     )
+    for wire_dtype in (config.wire_dtype, *(dtype for _, dtype in config.wire_rules)):
+        if wire_dtype is not None:
+            wire.check_wire_dtype(wire_dtype)
     recipe.check(config.sparse)
     require(
         len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),

@@ -80,6 +80,23 @@ def test_wire_dtypes_really_travel(wire):
     close(frozen(x), layer(x), WIRES[wire][1])
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_own_channels_need_not_wait_for_others(nodes, monkeypatch):
+    """The form for accelerators: own and received channels are multiplied apart."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    mesh = dj.NodeMesh(nodes, emulate=False)
+    model = dj.models.create("resnet8", mesh=mesh, num_classes=10, width=8, rngs=nnx.Rngs(0))
+    random_masks(model, 0.5)
+    frozen = dj.freeze(model, x, wire_dtype="int8")
+    fused = frozen(x)
+    monkeypatch.setattr(dj.NodeMesh, "overlaps", property(lambda mesh: mesh.distributed))
+    apart = dj.plan.Frozen(frozen.model, frozen.plan)
+    close(apart(x), fused, 1e-5)
+    dj.verify(apart, x)
+    convolutions = [f.lower(x).as_text().count("stablehlo.convolution") for f in (apart, frozen)]
+    assert convolutions[0] > convolutions[1]
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_int8_travels_within_half_a_step(nodes):
     """Uneven masks: every node reads its own channels exactly, others to half a step."""
