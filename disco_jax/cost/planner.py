@@ -98,9 +98,11 @@ def plan_latency(
 ) -> Planned:
     """Densities and wire dtypes that meet a latency at the least loss of energy.
 
-    An exchange with the best ``k`` columns in wire dtype ``d`` is worth ``own + V(k) (1 - ε_d)``:
-    the share of ``Σ w²`` that its readers still see, less what rounding turns to noise
-    (``ε_d = Σ (x̂ - x)² / Σ x²``, measured). One Lagrange multiplier, the worth of a second, decides
+    Of an exchange with the best ``k`` columns in wire dtype ``d`` its readers see the share
+    ``own + V(k) (1 - ε_d)`` of ``Σ w²``, less what rounding turns to noise
+    (``ε_d = Σ (x̂ - x)² / Σ x²``, measured). What comes through a network is the product of these
+    shares, so the sum of their logarithms is maximised: no layer falls silent for the sake of
+    others. One Lagrange multiplier, the worth of a second, decides
     for all exchanges (a multiple-choice knapsack; Sinha & Zoltners 1979); what its steps leave over
     is spent by the ratio of worth to time.
 
@@ -112,7 +114,7 @@ def plan_latency(
       gmacs: multiplications per second of a node in 10⁹; see :func:`latency_budget`.
       wire_dtypes: what may travel.
       examples: images that go through together.
-      floor: density that every exchange keeps, so that no layer falls silent.
+      floor: density that every exchange keeps.
 
     Raises:
       DiscoError: if the nodes cannot compute their own shares, with the floor, in that time.
@@ -125,7 +127,7 @@ def plan_latency(
     for dtype in wire_dtypes:
         wire.check_wire_dtype(dtype)
     options = {
-        p: [_Option.of(p, d, worth[p], noise[d][p], prices, floor) for d in wire_dtypes]
+        p: [_Option.of(p, d, worth[p], own[p], noise[d][p], prices, floor) for d in wire_dtypes]
         for p in found
     }
     left = prices.left_of(ms)
@@ -142,7 +144,7 @@ def plan_latency(
                 option.counts[i] / max(1, len(worth[path])),
                 option.wire_dtype,
                 1e3 * float(option.seconds[i]),
-                own[path] + float(option.worth[i]),
+                float(np.exp(option.worth[i])),
             )
             for path, (option, i) in chosen.items()
         },
@@ -156,12 +158,19 @@ class _Option:
 
     wire_dtype: str
     counts: np.ndarray  # int[k]
-    worth: np.ndarray  # float[k]
+    worth: np.ndarray  # float[k], logarithms
     seconds: np.ndarray  # float[k]
 
     @classmethod
     def of(
-        cls, path: str, dtype: str, columns: np.ndarray, noise: float, prices: Prices, floor: float
+        cls,
+        path: str,
+        dtype: str,
+        columns: np.ndarray,
+        own: float,
+        noise: float,
+        prices: Prices,
+        floor: float,
     ) -> _Option:
         first = int(np.ceil(floor * len(columns) - 1e-3))
         counts = np.arange(first, len(columns) + 1)
@@ -169,7 +178,7 @@ class _Option:
         hops = prices.nodes - 1  # over which the columns are spread
         seconds = counts * (wire.BITS[dtype] / 8 * prices.byte[path] + prices.macs[path])
         seconds += prices.hop * prices.calls[path] * np.minimum(counts, hops)
-        return cls(dtype, counts, sums * (1 - noise), seconds)
+        return cls(dtype, counts, np.log(own + sums * (1 - noise)), seconds)
 
 
 _Chosen = dict[str, tuple[_Option, int]]
@@ -229,7 +238,7 @@ def _worth(model: nnx.Module) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         scores = l2([layer.kernel[...] for _, layer in layers], nodes)
         shares = relative({path: scores})[path]
         columns[path] = np.sort(np.asarray(column_worth(shares)).ravel())[::-1]
-        own[path] = 1.0 - float(columns[path].sum())
+        own[path] = max(1e-9, 1.0 - float(columns[path].sum()))
     return columns, own
 
 
