@@ -86,9 +86,7 @@ def test_two_hosts_need_the_weights_of_their_own_node_only(tmp_path):
         model.export(tmp_path / f"host-{rank}", images())
         (tmp_path / f"host-{rank}" / f"node-{1 - rank}.npz").unlink()
         files.append(tmp_path / f"logits-{rank}.npz")
-        hosts.append(
-            start(tmp_path / f"host-{rank}", files[-1], address, 2, rank, devices=1)
-        )
+        hosts.append(start(tmp_path / f"host-{rank}", files[-1], address, 2, rank, devices=1))
     close(logits(hosts, files), model(images()))
 
 

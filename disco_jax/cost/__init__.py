@@ -3,13 +3,16 @@
 from disco_jax.cost.budget import Latency, latency_budget
 from disco_jax.cost.latency import LinkTime, Prediction, predict
 from disco_jax.cost.link import Link, Links
+from disco_jax.cost.memory import Memory, memory
 
 __all__ = [
     "Latency",
     "Link",
     "LinkTime",
     "Links",
+    "Memory",
     "Prediction",
     "latency_budget",
+    "memory",
     "predict",
 ]

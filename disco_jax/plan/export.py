@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,8 @@ def write(
         (begun / PROGRAM).write_bytes(program.serialize())
         (begun / PLAN).write_text(plan.to_json())
         for node, file in enumerate(files[2:]):
-            np.savez(begun / file, **node_share(variables, node, plan.nodes))
+            share: dict[str, Any] = node_share(variables, node, plan.nodes)
+            np.savez(begun / file, **share)
         manifest = {
             "format": FORMAT,
             "disco_jax": __version__,
@@ -81,7 +83,7 @@ def _program(
     model: nnx.Module, variables: dict[str, nnx.Variable], mesh: NodeMesh, images: Images
 ) -> jax.export.Exported:
     """The model as a function of its weights by name, and of images."""
-    graphdef, weights, rest = nnx.split(model, nnx.Not(nnx.RngState), ...)
+    graphdef, weights, *rest = nnx.split(model, nnx.Not(nnx.RngState), ...)
     paths = [path for path, _ in nnx.to_flat_state(weights)]
 
     def call(weights: dict[str, Array], images: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
@@ -89,7 +91,7 @@ def _program(
             path: variable.replace(weights[name])
             for path, (name, variable) in zip(paths, variables.items(), strict=True)
         }
-        return nnx.merge(graphdef, nnx.from_flat_state(filled), rest)(images)
+        return nnx.merge(graphdef, nnx.from_flat_state(filled), *rest)(images)
 
     arrays = {name: variable[...] for name, variable in variables.items()}
     sharding = mesh.sharding(*batch_spec(len(images.shape), mesh))
