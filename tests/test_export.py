@@ -1,5 +1,6 @@
 """An exported program runs as the README says, with jax and numpy alone, and as planned."""
 
+import os
 import re
 import socket
 import subprocess
@@ -50,7 +51,7 @@ def start(directory, results, *job, devices):
     return subprocess.Popen(
         [sys.executable, "-c", code, "../images.npy", str(results), *map(str, job)],
         cwd=directory,
-        env={"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
         stderr=subprocess.PIPE,
         text=True,
     )
