@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from disco_jax.errors import DiscoError, require
 
@@ -46,7 +47,7 @@ class NodeMesh:
 
     nodes: int
     data: int
-    jax_mesh: Mesh
+    jax_mesh: Mesh | AbstractMesh
 
     def __init__(
         self,
@@ -102,7 +103,16 @@ class NodeMesh:
 
         A collective of XLA:CPU blocks the thread that computes.
         """
-        return self.distributed and self.jax_mesh.devices.flat[0].platform != "cpu"
+        real = isinstance(self.jax_mesh, Mesh)  # and not for tracing alone
+        return real and self.distributed and self.jax_mesh.devices.flat[0].platform != "cpu"
+
+    def abstract(self) -> NodeMesh:
+        """The same nodes without devices and data axis: to trace what each of them does."""
+        mesh = copy.copy(self)
+        shape = AbstractMesh((1, self.nodes), (DATA, NODE), axis_types=(AxisType.Auto,) * 2)
+        object.__setattr__(mesh, "data", 1)
+        object.__setattr__(mesh, "jax_mesh", shape)
+        return mesh
 
     def sharding(self, *spec: str | None) -> NamedSharding:
         """The placement on this mesh of an array whose axes are split as ``spec`` says."""

@@ -2,9 +2,9 @@
 
     python experiments/cost_table.py [--model=resnet50] [--size=224] [--density=0.2]
 
-Traffic is in bytes per example over all links (float32), multiplications and weights are one
-node's. Masks are chosen by the magnitude of random weights; the figures come from traced shapes
-and the frozen plan, and the network is not run.
+Traffic is in bytes per example over all links (float32), multiplications and memory
+(weights, and activations of one example) are one node's. Masks are chosen by the magnitude of
+random weights; the figures come from traced shapes and the frozen plan, and the network is not run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
     model = dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0))
     dj.sparsify.prune(model, density)
     plan = dj.freeze(model, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)).plan
+    memory = dj.cost.memory(plan)
     weights, macs = plan.single_node_weight_bytes, plan.single_node_macs
     return {
         "nodes": nodes,
@@ -40,6 +41,8 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
         "total_macs_share": plan.macs_per_node * nodes / macs,
         "weight_bytes_per_node": plan.weight_bytes_per_node,
         "weight_share": plan.weight_bytes_per_node / weights,
+        "activation_bytes_per_node": memory.activation_bytes,
+        "memory_bytes_per_node": memory.total_bytes,
     }
 
 
@@ -51,9 +54,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = [row(args.model, nodes, args.density, args.size) for nodes in args.nodes]
+    alone, *rows = (row(args.model, n, args.density, args.size) for n in (1, *args.nodes))
+    for r in rows:
+        r["memory_share"] = r["memory_bytes_per_node"] / alone["memory_bytes_per_node"]
     table = Table(title=f"{args.model}, {args.size}x{args.size}, density {args.density}")
-    for heading in ("nodes", "traffic MB", "dense MB", "saving", "total MACs", "weights/node"):
+    for heading in ("nodes", "traffic MB", "dense MB", "saving", "total MACs", "weights", "memory"):
         table.add_column(heading, justify="right")
     for r in rows:
         table.add_row(
@@ -63,6 +68,7 @@ def main() -> None:
             f"{r['traffic_saving']:.2f}x",
             f"{r['total_macs_share']:.3f}",
             f"{r['weight_share']:.3f}",
+            f"{r['memory_share']:.3f}",
         )
     Console(width=100).print(table)
     if args.out:

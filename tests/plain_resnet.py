@@ -41,10 +41,19 @@ class Block(nnx.Module):
 
 class PlainResNet(nnx.Module):
     def __init__(self, name, num_classes, *, width, dtype=jnp.float32, rngs):
-        depths = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}[name]
+        self.small = name == "resnet8"  # as the CIFAR variants: 3x3 first, no pooling
+        kernel, stride = ((3, 3), 1) if self.small else ((7, 7), 2)
+        depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}[name]
         bottleneck = name == "resnet50"
         self.conv = nnx.Conv(
-            3, width, (7, 7), 2, padding=3, use_bias=False, param_dtype=dtype, rngs=rngs
+            3,
+            width,
+            kernel,
+            stride,
+            padding=kernel[0] // 2,
+            use_bias=False,
+            param_dtype=dtype,
+            rngs=rngs,
         )
         self.norm = nnx.BatchNorm(width, momentum=0.9, param_dtype=dtype, rngs=rngs)
         self.norm.mean.set_value(self.norm.mean[...].astype(dtype))
@@ -60,7 +69,8 @@ class PlainResNet(nnx.Module):
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.conv(x)))
-        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if not self.small:
+            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((1, 2)))

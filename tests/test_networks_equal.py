@@ -47,7 +47,7 @@ def cut_plain(plain, model):
             layer.kernel.set_value(jnp.asarray(cut))
 
 
-QUICK = [("resnet18", 16, 3), ("resnet50", 8, 2)]
+QUICK = [("resnet18", 16, 3), ("resnet50", 8, 2), ("resnet8", 8, 8)]
 SLOW = {(name, width, n) for name, width in (("resnet18", 64), ("resnet50", 16)) for n in NODES}
 
 

@@ -3,6 +3,7 @@
 from disco_jax.cost.budget import Latency, latency_budget
 from disco_jax.cost.latency import LinkTime, Prediction, predict
 from disco_jax.cost.link import Link, Links
+from disco_jax.cost.memory import Memory, memory
 from disco_jax.cost.planner import Planned, plan_latency
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "Link",
     "LinkTime",
     "Links",
+    "Memory",
     "Planned",
     "Prediction",
     "latency_budget",
+    "memory",
     "plan_latency",
     "predict",
 ]

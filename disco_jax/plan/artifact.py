@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,31 @@ def write(
       DiscoError: if the directory exists and is not empty (with ``replace``: and is no packed
         model) or cannot be written, or this process has not all of the model.
     """
+    nodes, variables = plan.nodes, whole(model)
+    with new_directory(directory, replace) as begun:
+        (begun / PLAN).write_text(plan.to_json())
+        for node in range(nodes):
+            save_file(node_share(variables, node, nodes), str(begun / weights_file(node)))
+        manifest = {
+            "format": FORMAT,
+            "disco_jax": __version__,
+            "nodes": nodes,
+            "model": getattr(model, "config", None),
+            "folded": folded(model),
+            "axes": {name: _node_axis(v[...]) for name, v in variables.items()},
+            "sha256": checksums(begun, (PLAN, *map(weights_file, range(nodes)))),
+        }
+        (begun / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Where to write what is to be ``directory`` when all of it is there.
+
+    Raises:
+      DiscoError: if the directory exists and is not empty (with ``replace``: and is no packed
+        model), or cannot be written.
+    """
     directory = Path(directory)
     require(
         not directory.exists()
@@ -49,33 +74,12 @@ def write(
         or (directory.is_dir() and not any(directory.iterdir())),
         f"`directory` (={directory}) exists and is not empty; remove it, or choose another",
     )
-    nodes, variables = plan.nodes, _variables(model)
-    require(
-        all(v[...].is_fully_addressable for v in variables.values()),
-        f"`model` (={type(model).__name__}) is spread over several hosts; save it where one "
-        f"process has all of it: freeze with mesh=NodeMesh(nodes={nodes}, emulate=True)",
-    )
-    axes = {name: _node_axis(v[...]) for name, v in variables.items()}
     begun, old = (directory.with_name(directory.name + end) for end in (".partial", ".old"))
     try:
         for left in (begun, old):  # by a process that was interrupted
             shutil.rmtree(left, ignore_errors=True)
         begun.mkdir(parents=True)
-        (begun / PLAN).write_text(plan.to_json())
-        for node in range(nodes):
-            share = {n: _share(v[...], axes[n], node, nodes) for n, v in variables.items()}
-            save_file(share, str(begun / weights_file(node)))
-        files = (PLAN, *map(weights_file, range(nodes)))
-        manifest = {
-            "format": FORMAT,
-            "disco_jax": __version__,
-            "nodes": nodes,
-            "model": getattr(model, "config", None),
-            "folded": folded(model),
-            "axes": axes,
-            "sha256": {name: _checksum(begun / name) for name in files},
-        }
-        (begun / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        yield begun
         if replace and directory.exists():
             directory.replace(old)
         begun.replace(directory)
@@ -84,6 +88,33 @@ def write(
         raise DiscoError(
             f"`directory` (={directory}) cannot be written ({error.strerror}); choose another"
         ) from None
+
+
+def whole(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of a packed model by name.
+
+    Raises:
+      DiscoError: if this process has not all of them.
+    """
+    variables = _variables(model)
+    require(
+        all(v[...].is_fully_addressable for v in variables.values()),
+        f"`model` (={type(model).__name__}) is spread over several hosts; freeze and write it in "
+        "one process that has all of it",
+    )
+    return variables
+
+
+def node_share(
+    variables: Mapping[str, nnx.Variable], node: int, nodes: int
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """What one node computes with."""
+    return {n: _share(v[...], _node_axis(v[...]), node, nodes) for n, v in variables.items()}
+
+
+def checksums(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files by their names."""
+    return {name: _checksum(directory / name) for name in names}
 
 
 def weights_file(node: int) -> str:

@@ -17,7 +17,8 @@ from disco_jax.gather import AllGather
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
 from disco_jax.plan.fold import fold_norms
-from disco_jax.plan.frozen import Frozen
+from disco_jax.plan.frozen import Frozen, mesh_of
+from disco_jax.plan.liveness import peak_bytes
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
 from disco_jax.sparsify.quantise import WireDtype, wire_dtypes, wire_scales
 from disco_jax.trace import (
@@ -118,7 +119,7 @@ def freeze(
         move(packed, mesh)
     _pack(packed, hops, {r.path: r.dtype for r in traced.exchanges} | dtypes, scales)
     packed.eval()
-    plan = _plan(packed, trace(packed, images))
+    plan = _plan(packed, trace(packed, images), _peak_activation_bytes(packed, images))
     return Frozen(packed, plan)
 
 
@@ -185,7 +186,7 @@ def replace_exchanges(
     replace(model, replacement)
 
 
-def _plan(model: nnx.Module, packed: Trace) -> CommunicationPlan:
+def _plan(model: nnx.Module, packed: Trace, peak_activation_bytes: int) -> CommunicationPlan:
     found: dict[str, Any] = dict(modules(model))
     calls: dict[str, list[ExchangeRecord]] = {}
     for record in packed.exchanges:
@@ -198,7 +199,20 @@ def _plan(model: nnx.Module, packed: Trace) -> CommunicationPlan:
         nodes,
         tuple(_exchange_plan(found[path], records) for path, records in calls.items()),
         tuple(_layer_plan(found[path], records) for path, records in layers.items()),
+        peak_activation_bytes,
     )
+
+
+def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
+    """What a node of a packed model holds of one example; all of them hold as much."""
+    mesh = mesh_of(model)
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.eval_shape(lambda state: state, state))
+    move(model, mesh.abstract())
+    graphdef, state = nnx.split(model)
+    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, example)
+    return peak_bytes(program, mesh.nodes)
 
 
 def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from disco_jax.errors import DiscoError
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import batch_spec, check_batch
-from disco_jax.plan import artifact
+from disco_jax.plan import artifact, export
 from disco_jax.plan.spec import CommunicationPlan
 from disco_jax.trace import Images, modules
 
@@ -88,6 +88,22 @@ class Frozen:
             written.
         """
         artifact.write(self.model, self.plan, directory, replace=replace)
+
+    def export(self, directory: Path | str, images: Images) -> None:
+        """Writes the program for images of this shape, which runs with jax alone.
+
+        See ``disco_jax.plan.export`` for what is written, and the README for what runs it.
+
+        Args:
+          directory: a new one; a node needs of it all but the other nodes' weights.
+          images: an example input (or its ``jax.ShapeDtypeStruct``); only shape and dtype count.
+
+        Raises:
+          DiscoError: if the directory exists and is not empty or cannot be written, the nodes are
+            emulated or spread over several hosts, or the batch does not divide by ``data``.
+        """
+        check_batch(images, self.mesh)
+        export.write(self.model, self.plan, self.mesh, directory, images)
 
 
 def lower(model: nnx.Module, images: Images) -> jax.stages.Lowered:

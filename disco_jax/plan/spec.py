@@ -13,7 +13,7 @@ from disco_jax import wire
 from disco_jax.errors import DiscoError, require
 from disco_jax.packed import Hop
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,8 @@ class LayerPlan:
 class CommunicationPlan:
     """The frozen, static schedule of a packed model.
 
+    ``peak_activation_bytes`` is what one node holds at one time between layers, per example.
+
     >>> plan = CommunicationPlan(2, (ExchangePlan("conv", (), (4,), 2, "float32", (
     ...     Hop(1, ((0,), (0,))),)),), ())
     >>> plan.traffic_bytes, plan == CommunicationPlan.from_json(plan.to_json())
@@ -98,6 +100,7 @@ class CommunicationPlan:
     nodes: int
     exchanges: tuple[ExchangePlan, ...]
     layers: tuple[LayerPlan, ...]
+    peak_activation_bytes: int = 0
     version: int = VERSION
 
     @property
@@ -160,7 +163,7 @@ class CommunicationPlan:
         try:
             exchanges = tuple(_exchange(e) for e in content["exchanges"])
             layers = tuple(LayerPlan(**layer) for layer in content["layers"])
-            return cls(content["nodes"], exchanges, layers)
+            return cls(content["nodes"], exchanges, layers, content["peak_activation_bytes"])
         except (KeyError, TypeError) as error:
             raise DiscoError(
                 f"`plan` lacks or misspells a field ({error}); freeze the model again"
