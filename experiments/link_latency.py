@@ -71,7 +71,7 @@ def prepare(directory: Path, nodes: int) -> None:
             wires = planned.wire_rules
         else:
             dj.sparsify.prune(model, way["density"], "random")
-        frozen = dj.freeze(model, image(), wire_dtype=wires)
+        frozen = dj.freeze(model, image(), wire_dtype=wires, message_bytes=100_000)
         frozen.save(directory / name)
         print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import close, random_mask, random_masks
 
 import disco_jax as dj
+from disco_jax import wire
 from disco_jax.partition import owned
 from disco_jax.plan import CommunicationPlan, collectives
 from disco_jax.plan.freeze import plan_hops, readable_channels
@@ -67,17 +68,34 @@ WIRES = {
 }
 
 
-@pytest.mark.parametrize("wire", WIRES)
-def test_wire_dtypes_really_travel(wire):
+@pytest.mark.parametrize("wire_dtype", WIRES)
+def test_wire_dtypes_really_travel(wire_dtype):
     mesh = dj.NodeMesh(2, emulate=False)
     layer = dj.layers.Conv(8, 8, (3, 3), mesh=mesh, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
-    frozen = dj.freeze(layer, x, wire_dtype=wire)
-    assert frozen.plan.traffic_bytes == 6 * 6 * 8 * WIRES[wire][0]
+    frozen = dj.freeze(layer, x, wire_dtype=wire_dtype)
+    assert frozen.plan.traffic_bytes == 6 * 6 * 8 * WIRES[wire_dtype][0]
     dj.verify(frozen, x)
-    emulated = dj.freeze(layer, x, wire_dtype=wire, mesh=dj.NodeMesh(2, emulate=True))
+    emulated = dj.freeze(layer, x, wire_dtype=wire_dtype, mesh=dj.NodeMesh(2, emulate=True))
     close(frozen(x), emulated(x), 1e-5)
-    close(frozen(x), layer(x), WIRES[wire][1])
+    close(frozen(x), layer(x), WIRES[wire_dtype][1])
+
+
+@pytest.mark.parametrize("wire_dtype", ["float32", "int4"])
+def test_large_messages_go_in_pieces(wire_dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    mesh = dj.NodeMesh(3, emulate=False)
+    model = dj.models.create("resnet8", mesh=mesh, num_classes=10, width=8, rngs=nnx.Rngs(0))
+    random_masks(model, 0.6)
+    whole = dj.freeze(model, x, wire_dtype=wire_dtype)
+    pieces = dj.freeze(model, x, wire_dtype=wire_dtype, message_bytes=40)
+    assert pieces.plan.collectives > whole.plan.collectives
+    for exchange in pieces.plan.exchanges:
+        for hop in exchange.hops:
+            size = wire.message_bytes(exchange.positions[0] * hop.width, wire_dtype)
+            assert size <= 40 or hop.width == 1
+    close(pieces(x), whole(x), 1e-5)
+    dj.verify(pieces, x)
 
 
 @pytest.mark.parametrize("nodes", [2, 3])

@@ -12,7 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from disco_jax import wire
 from disco_jax.errors import require
+from disco_jax.exchange import Exchange
 from disco_jax.gather import AllGather
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
@@ -53,6 +55,19 @@ def plan_hops(mask: Bool[np.ndarray, "n c"]) -> tuple[Hop, ...]:
     return tuple(hops)
 
 
+def split_hops(hops: tuple[Hop, ...], most: int) -> tuple[Hop, ...]:
+    """The same messages in pieces of at most ``most`` channels.
+
+    >>> split_hops((Hop(1, ((), (0, 1, 2))),), 2)
+    (Hop(offset=1, sends=((), (0, 1))), Hop(offset=1, sends=((), (2,))))
+    """
+    return tuple(
+        Hop(hop.offset, tuple(sent[i : i + most] for sent in hop.sends))
+        for hop in hops
+        for i in range(0, hop.width, most)
+    )
+
+
 def readable_channels(hops: tuple[Hop, ...], nodes: int, channels: int) -> Int[np.ndarray, "n r"]:
     """Global index of each channel in the nodes' readable blocks, own first; -1 is fill."""
     own = np.arange(channels).reshape(nodes, -1)
@@ -77,6 +92,7 @@ def freeze(
     *,
     wire_dtype: WireDtype = None,
     mesh: NodeMesh | None = None,
+    message_bytes: int | None = None,
 ) -> Frozen:
     """Freezes the masks of a model into a plan, and packs the model accordingly.
 
@@ -90,6 +106,9 @@ def freeze(
         ``(pattern, wire_dtype)``, the first of which counts that is found in an exchange's path.
         None sends what the model was quantised to, or else what is computed.
       mesh: where the packed model is to run, the model's own mesh by default.
+      message_bytes: what a message has at most per example; larger ones go in pieces, one after
+        another. On several hosts 100_000 is better than none: of larger messages gloo sends only
+        the first 100 KB while it receives, then the two directions take turns.
 
     Returns:
       The packed model, compiled on its first call.
@@ -112,12 +131,13 @@ def freeze(
     )
     traced = trace(model, images)
     dtypes, scales = _wires(model, images, wire_dtype)
-    hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
+    dtypes = {r.path: r.dtype for r in traced.exchanges} | dtypes
+    hops = _hops(found, traced, dtypes, message_bytes)
     packed = nnx.clone(model)
     fold_norms(packed, images)
     if mesh is not None:
         move(packed, mesh)
-    _pack(packed, hops, {r.path: r.dtype for r in traced.exchanges} | dtypes, scales)
+    _pack(packed, hops, dtypes, scales)
     packed.eval()
     plan = _plan(packed, trace(packed, images), _peak_activation_bytes(packed, images))
     return Frozen(packed, plan)
@@ -133,6 +153,22 @@ def move(model: nnx.Module, mesh: NodeMesh) -> None:
             if isinstance(value, jax.Array):
                 spec = getattr(value.sharding, "spec", ())
                 variable.set_value(mesh.put(np.asarray(value), *spec))
+
+
+def _hops(
+    found: Mapping[str, Exchange], traced: Trace, dtypes: Mapping[str, str], most: int | None
+) -> dict[str, tuple[Hop, ...]]:
+    """The messages of every exchange, of ``most`` bytes at most."""
+    hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
+    if most is None:
+        return hops
+    require(most >= 1, f"`message_bytes` (={most}) must be at least 1; 100_000 is usual")
+    channels = {
+        r.path: max(1, most // wire.message_bytes(r.positions, dtypes[r.path]))
+        for r in traced.exchanges
+        if r.path in hops
+    }
+    return hops | {path: split_hops(hops[path], count) for path, count in channels.items()}
 
 
 def _wires(

@@ -26,7 +26,7 @@ class ExchangePlan:
       positions: pixels or tokens per example, one entry for every call.
       features: channels that the nodes own together, dead ones excluded.
       wire_dtype: what travels.
-      hops: the messages of a packed exchange, one entry for each ring offset in use.
+      hops: the messages of a packed exchange, one entry or more for each ring offset in use.
       gathered: numbers per position that every node sends to every other (an exchange without a
         mask: results, statistics); 0 for a packed exchange.
     """
