@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from disco_jax import wire
 from disco_jax.mesh import NODE, NodeMesh
@@ -45,16 +43,7 @@ class Gather(AllGather):
         if x.shape[-1] == self.features:
             return x
         note(self, x)
-        if not self.mesh.distributed:
-            return x[..., : self.features]
-        spec = activation_spec(x.ndim, self.mesh)
-        return jax.shard_map(
-            lambda x: _all_gather(x, axis=x.ndim - 1, tiled=True)[..., : self.features],
-            mesh=self.mesh.jax_mesh,
-            in_specs=spec,  # [b/data, ..., padded/n]
-            out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
-            check_vma=False,  # an all_gather is replicated, which the checker cannot infer
-        )(x)
+        return everywhere(x, self.mesh)[..., : self.features]
 
 
 class Statistics(AllGather):
@@ -94,10 +83,32 @@ class Statistics(AllGather):
         )(x, counts)
 
 
-def _all_gather(x: Array, **kwargs: Any) -> Array:
-    """``lax.all_gather`` over the nodes, in as many bytes as the dtype says."""
+def everywhere(x: Float[Array, "b ... c"], mesh: NodeMesh) -> Float[Array, "b ... c"]:
+    """Gives every node the channels of all."""
+    if not mesh.distributed:
+        return x
+    spec = activation_spec(x.ndim, mesh)
+    return jax.shard_map(
+        lambda x: jnp.reshape(jnp.moveaxis(_all_gather(x), 0, -2), (*x.shape[:-1], -1)),
+        mesh=mesh.jax_mesh,
+        in_specs=spec,  # [b/data, ..., c/n]
+        out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
+        check_vma=False,  # which the checker cannot infer
+    )(x)
+
+
+def _all_gather(x: Shaped[Array, "..."]) -> Shaped[Array, "n ..."]:
+    """What every node has, by one permute a ring offset, in as many bytes as the dtype says.
+
+    gloo's own all-gather takes 4 ms between hosts of one core whatever it carries, a permute 0.1.
+    """
     dtype = str(x.dtype)
-    return wire.decode(lax.all_gather(wire.encode(x, dtype), NODE, **kwargs), dtype, x)
+    sent = wire.encode(x, dtype)
+    n = lax.axis_size(NODE)
+    rings = [[(s, (s + offset) % n) for s in range(n)] for offset in range(1, n)]
+    found = jnp.stack([sent, *(lax.ppermute(sent, NODE, ring) for ring in rings)])
+    source = (lax.axis_index(NODE) - jnp.arange(n)) % n  # offset k brings what node - k has
+    return wire.decode(found[source], dtype, x)
 
 
 def _moments(x: Array, count: Array | np.ndarray) -> Array:

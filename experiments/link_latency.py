@@ -271,11 +271,17 @@ def memories(args: argparse.Namespace) -> None:
 
 
 def streams(args: argparse.Namespace, rate: float, most: int = 3) -> None:
-    """Images a second with several in flight: pairs of processes that share hosts and link."""
+    """Images a second with several in flight: pairs of processes that share hosts and link.
+
+    ``limit`` is what the busier of the two would allow alone: a node's link, or its core.
+    """
     slow_link.limit(args.nodes, rate)
-    hosts, found = [], {}
+    hosts, found, busy = [], {}, 0.0
     for count in range(1, most + 1):
         hosts.append(Hosts(args.plans, args.nodes, [BEST], 9876 + count))
+        if count == 1:
+            computing = hosts[0].ask("compute", way=BEST)[0] / 1e3
+            busy = max(hosts[0].bytes[BEST] / args.nodes / rate / 125_000, computing)
         for each in hosts:
             each.tell("seconds", way=BEST, iterations=args.iterations)
         start = time.perf_counter()
@@ -284,7 +290,8 @@ def streams(args: argparse.Namespace, rate: float, most: int = 3) -> None:
         found[count] = round(count * args.iterations / (time.perf_counter() - start), 3)
     for each in hosts:
         each.close()
-    write(args, {"what": "streams", "mbit": rate, "images_per_second": found})
+    row = {"what": "streams", "mbit": rate, "images_per_second": found, "limit": round(1 / busy, 3)}
+    write(args, row)
 
 
 def write(args: argparse.Namespace, row: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class ExchangePlan:
 
     def collectives(self, nodes: int) -> int:
         """Collectives that the compiled program has for it."""
-        return len(self.positions) * (len(self.hops) + (self.gathered > 0 and nodes > 1))
+        return len(self.positions) * (len(self.hops) + (nodes - 1) * (self.gathered > 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from disco_jax.partition import activation_spec
 from disco_jax.plan import Frozen, share
 from disco_jax.trace import modules
 
-SMALL, LARGE = 64, 256 * 1024  # bytes of the messages that tell α and β apart
+SMALL, LARGE = 64, 100_000  # bytes of the messages that tell α and β apart; see plan.freeze
 IDLE = 0.2  # seconds after which a token bucket is full again
 
 
@@ -140,10 +140,10 @@ def measure_links(mesh: NodeMesh, repeats: int = 5) -> Links:
 def _measure_pair(mesh: NodeMesh, a: int, b: int, repeats: int) -> Link:
     both = ((a, b), (b, a))
     small = _rounds(mesh, both, SMALL, 20)
-    few, many = (_rounds(mesh, both, LARGE, n) for n in (1, 5))
+    few, many = (_rounds(mesh, both, LARGE, n) for n in (1, 9))
     latency = _slowest(_median(small, repeats), mesh) / 20
     time_of_few = _slowest(_median(few, repeats, IDLE), mesh)
-    rate = 4 * LARGE / max(1e-9, _slowest(_median(many, repeats, IDLE), mesh) - time_of_few)
+    rate = 8 * LARGE / max(1e-9, _slowest(_median(many, repeats, IDLE), mesh) - time_of_few)
     burst = LARGE - (time_of_few - latency) * rate
     return Link(8e-6 * rate, 1e3 * latency, float(np.clip(burst, 0, LARGE)))
 
