@@ -26,10 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accuracy_figure import read, show
 from ml_collections import ConfigDict
 
-from disco_jax import plan, sparsify, wire
+from disco_jax import cost, plan, sparsify, wire
 from disco_jax.interop import pretrained
 from disco_jax.job import Job
 
@@ -66,6 +67,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "all + int8": {**ALL, **INT8},
     "int8 in training": {**INT8, "quantise": True},
     "int4": INT4,
+    # Densities and wire dtypes as `cost.plan_latency` chooses them.
+    "planned": {**ASSIGN, "quantise": True, "distill.weight": 0.5, "planned": True},
     "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
     "all but assigned": {**BY_COST, **DISTILL},
     "all but by cost": {**ASSIGN, **DISTILL},
@@ -142,6 +145,7 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     c.optimizer.warmup_epochs = 0.1
     c.sparse.update(epochs=EPOCHS[run.width], learning_rate=0.05, every=20, mask_share=0.25)
     changes = dict(METHODS[run.method])
+    changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
     density = 32 / wire.BITS[c.wire_dtype] / run.times_less
     c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
@@ -152,9 +156,26 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     return c
 
 
+def planned(run: Run, config: ConfigDict, folder: Path) -> ConfigDict:
+    """The config with a density and a wire dtype for every exchange, for the run's traffic."""
+    job = Job(config, folder)
+    job.train("dense")
+    images = np.concatenate(list(job.calibration()))
+    sparsify.assign(job.model, images)
+    dense = plan.freeze(job.model, job.images).plan.dense_traffic_bytes
+    link = cost.Link(mbit=8, ms=0)  # a millisecond for every 1000 bytes that a node sends
+    ms = dense / run.times_less / run.nodes / 1e3
+    found = cost.plan_latency(job.model, images, ms, link, gmacs=1e9, wire_dtypes=("int4", "int8"))
+    config.sparse.rules, config.wire_rules = found.rules, found.wire_rules
+    config.wire_dtype = None
+    return config
+
+
 def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
-    folder = work / run.name
-    job = Job(config_of(run, quick, work), folder)
+    folder, config = work / run.name, config_of(run, quick, work)
+    if METHODS[run.method].get("planned"):
+        config = planned(run, config, folder)
+    job = Job(config, folder)
     start = time.perf_counter()
     job.train("dense")
     if run.method == "one-shot":
@@ -164,7 +185,8 @@ def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     frozen = job.freeze()
     # Masked and packed are the same numbers, and masked is faster; rounding is in the packed only.
-    program = frozen if wire.calibrated(job.config.wire_dtype) else plan.Program(job.model)
+    rounds = any(map(wire.calibrated, job.recipe.wires.values()))
+    program = frozen if rounds else plan.Program(job.model)
     row = {
         **dataclasses.asdict(run),
         "traffic": frozen.plan.traffic_bytes,

@@ -6,7 +6,7 @@ from flax import nnx
 
 import disco_jax as dj
 
-TOLERANCE = 0.3  # XLA hoists and splits what the walk over the program does not know of
+TOLERANCE = 1 / 3  # XLA hoists and splits what the walk over the program does not know of
 
 
 def frozen(nodes, density, wire_dtype=None, emulate=True):

@@ -31,7 +31,7 @@ def memory(plan: CommunicationPlan, examples: int = 1) -> Memory:
     """The memory of one node that runs a plan.
 
     Activations are counted by ``plan.liveness.peak_bytes`` when a model is frozen. For ResNet-50 at
-    224x224 (1, 2 and 4 nodes, density 0.2 and 1) they are 0.92 to 1.21 times what XLA:CPU reserves
+    224x224 (1, 2 and 4 nodes, density 0.2 and 1) they are 0.78 to 1.21 times what XLA:CPU reserves
     for a node's program (``memory_analysis().temp_size_in_bytes`` of ``plan.share``). For maps of a
     few pixels XLA reserves much more: it rearranges the weights of those layers first.
 
