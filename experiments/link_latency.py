@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 SIZE = 224
 ANSWER = "answer "
 # What the planner is told: milliseconds for an image on this link and these cores.
-PLANNED = {"ms": 80, "mbit": 100, "link_ms": 0.2, "gmacs": 30}
+PLANNED = {"ms": 40, "mbit": 100, "link_ms": 0.11, "gmacs": 60}
 WAYS: dict[str, dict[str, Any]] = {
     "dense float32": {"density": 1.0},
     "0.2 float32": {"density": 0.2},
