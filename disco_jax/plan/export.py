@@ -1,4 +1,4 @@
-"""A packed model as a serialised program, which jax and numpy run without disco_jax and Flax.
+"""A packed model as a serialised program, which jax runs without disco_jax and Flax.
 
 program.bin     ``jax.export`` of ``(weights, images) -> logits`` on one device per node
 manifest.json   mesh, shape of the images, versions, checksums

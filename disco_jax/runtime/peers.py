@@ -187,6 +187,7 @@ def meet(
         channels = _welcome(int(port), nodes, facts, deadline, timeout)
         return channels, facts["go"]
     channel = _knock(host.strip("[]"), int(port), deadline, timeout)
+    channel.patience(timeout + PATIENCE)  # node 0 may give up a little later, and say why
     try:
         channel.send({"hello": node, "facts": {k: v for k, v in facts.items() if k != "go"}})
         answer = channel.receive()
@@ -210,21 +211,24 @@ def _welcome(
     error: DiscoError | None = None
     remedy = "start the same command on every host"
     with _server(port) as server:
-        while len(here) < nodes - 1 and error is None:
+        while len(here) < nodes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = ", ".join(str(n) for n in range(1, nodes) if n not in here)
-                error = AbsentError(f"node {missing} did not come within {timeout:g} s; {remedy}")
+                absent = f"node {missing} did not come within {timeout:g} s; {remedy}"
+                error = error or AbsentError(absent)
                 break
             heard = _hear(connection, timeout)
             if heard is None:
                 continue
             channel, hello = heard
-            if cause := _objection(hello, here, nodes, facts):
+            cause = _objection(hello, here, nodes, facts)
+            here[hello["hello"] if cause is None else nodes + len(here)] = channel  # to be told
+            if cause is not None and error is None:
                 error = DiscoError(f"{cause}; {remedy}")
-            here[hello["hello"] if error is None else nodes] = channel  # to be told
+                deadline = min(deadline, time.monotonic() + PATIENCE)  # who is on its way hears it
     if error is not None:
         again = isinstance(error, AbsentError)
         send_all(here.values(), {"fault": str(error), "again": again})
