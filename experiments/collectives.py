@@ -1,5 +1,7 @@
 """N-1 ``ppermute``s against one ``all_to_all`` or ``all_gather`` where nodes send equally much.
 
+And against permutes in pieces of 100 kB, as ``freeze(message_bytes=100_000)`` makes them.
+
     sudo python experiments/collectives.py --nodes=4 --rates 100 1000
 
 Linux and root; hosts are network namespaces, see ``slow_link.py``. Median time of 30 rounds, which
@@ -22,7 +24,7 @@ import numpy as np
 import slow_link
 
 RESULTS = Path(__file__).parent / "results" / "collectives.jsonl"
-SIZES = (64, 4_000, 25_000, 100_000)  # bytes from each node to each other one
+SIZES = (64, 4_000, 25_000, 100_000, 400_000)  # bytes from each node to each other one
 ROUNDS = 30
 
 
@@ -40,6 +42,10 @@ def ways(mesh: Any, size: int) -> dict[str, Callable[[], Any]]:
         hops = [[(s, (s + k) % n) for s in range(n)] for k in range(1, n)]
         return jax.numpy.concatenate([x[:1]] + [lax.ppermute(x[:1], NODE, hop) for hop in hops])
 
+    def pieces(x: Any) -> Any:
+        parts = [permutes(x[:, i : i + 100_000]) for i in range(0, size, 100_000)]
+        return jax.numpy.concatenate(parts, 1)
+
     def all_to_all(x: Any) -> Any:
         return lax.all_to_all(x, NODE, 0, 0, tiled=True)
 
@@ -48,7 +54,7 @@ def ways(mesh: Any, size: int) -> dict[str, Callable[[], Any]]:
 
     x = mesh.put(np.zeros((n * n, size), np.int8), NODE)
     found = {}
-    for fn in (permutes, all_to_all, all_gather):
+    for fn in (permutes, pieces, all_to_all, all_gather):
         run = jax.jit(
             jax.shard_map(fn, mesh=mesh.jax_mesh, in_specs=P(NODE), out_specs=P(NODE))  # [n, size]
         )

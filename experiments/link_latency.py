@@ -6,15 +6,16 @@
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
-its saved plan in the same processes, and they take turns, so that ratios within one line are ratios
-within one run. One JSON line per rate is appended to ``results/link_latency.jsonl``; rates that are
-there are not measured again. Accuracy plays no part: the weights are random, and what a mask costs
-depends on its size alone.
+its saved plan in a process of its own on each host, and they take turns, so that ratios within one
+line are ratios within one run. One JSON line per rate is appended to
+``results/link_latency.jsonl``. Accuracy plays no part: the weights are random, and what a mask
+costs depends on its size alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 SIZE = 224
 ANSWER = "answer "
 # What the planner is told: milliseconds for an image on this link and these cores.
-PLANNED = {"ms": 40, "mbit": 100, "link_ms": 0.11, "gmacs": 60}
+PLANNED = {"ms": 38, "mbit": 100, "link_ms": 0.2, "gmacs": 72}
 WAYS: dict[str, dict[str, Any]] = {
     "dense float32": {"density": 1.0},
     "0.2 float32": {"density": 0.2},
@@ -40,6 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "planned": {"planned": PLANNED},
 }
 ALONE, ROWS, ONNX = "one host", "rows", "one host, ONNX Runtime"
+NOTHING = "nothing"
 BEST = "planned"
 
 
@@ -76,57 +78,53 @@ def prepare(directory: Path, nodes: int) -> None:
         print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
 
 
+def alone(directory: Path) -> Any:
+    import jax
+
+    import disco_jax as dj
+
+    return dj.load(directory / ALONE, dj.NodeMesh(1, devices=jax.local_devices()))
+
+
+def weights(directory: Path) -> dict[str, tuple[Any, Any]]:
+    """Kernels and biases of the same network, for the rivals."""
+    from disco_jax.trace import modules
+
+    found = {path: m for path, m in modules(alone(directory).model) if hasattr(m, "kernel")}
+    kernels = {path: np.asarray(m.kernel[...]) for path, m in found.items()}
+    return {
+        path: (kernel[0] if len(kernel) == 1 else kernel, np.asarray(found[path].bias[...]))
+        for path, kernel in kernels.items()
+    }
+
+
+def nothing(_: Any) -> None:
+    """What a host does while the other works alone."""
+
+
 class Host:
-    """One host: runs what it is told on stdin, and answers."""
+    """One host with one program: runs what it is told on stdin, and answers."""
 
-    def __init__(self, directory: Path, nodes: int, ways: list[str]):
-        import jax
-
-        import disco_jax as dj
-
-        self.image, self.frozen, self.run, self.bytes = image(), {}, {}, {}
-        first = jax.process_index() == 0
-        for name in ways:
-            if name in WAYS:
-                frozen = dj.load(directory / name, dj.NodeMesh(nodes))
-                self._add(name, frozen, frozen.plan.traffic_bytes)
-                self.frozen[name] = frozen
-        if ALONE in ways and first:
-            here = dj.NodeMesh(1, devices=jax.local_devices())
-            self._add(ALONE, dj.load(directory / ALONE, here))
-        if (ROWS in ways and nodes == 2) or (ONNX in ways and first):
-            self._add_rivals(directory, nodes, ways, first)
-        for name in ways:
-            self.run.setdefault(name, lambda: None)  # the other host is at work
-            self.bytes.setdefault(name, 0)
-        for run in self.run.values():
-            run()
-
-    def _add(self, name: str, program: Callable, size: int = 0) -> None:
-        import jax
-
-        self.run[name] = lambda: jax.block_until_ready(program(self.image))
-        self.bytes[name] = size
-
-    def _add_rivals(self, directory: Path, nodes: int, ways: list[str], first: bool) -> None:
+    def __init__(self, directory: Path, nodes: int, way: str):
         import jax
         import onnx_resnet
         import row_split
 
         import disco_jax as dj
-        from disco_jax.trace import modules
 
-        here = dj.NodeMesh(1, devices=jax.local_devices())
-        weights = {
-            path: (np.asarray(m.kernel[...])[0] if m.kernel.shape[0] == 1 else m.kernel[...],
-                   np.asarray(m.bias[...]))
-            for path, m in modules(dj.load(directory / ALONE, here).model)
-            if hasattr(m, "kernel")
-        }  # fmt: skip
-        if ROWS in ways and nodes == 2:
-            self._add(ROWS, *row_split.program(weights, dj.NodeMesh(nodes).jax_mesh))
-        if ONNX in ways and first:
-            self._add(ONNX, onnx_resnet.program(weights, SIZE))
+        self.image, self.frozen, self.bytes = image(), None, 0
+        program: Callable = nothing
+        if way in WAYS:
+            program = self.frozen = dj.load(directory / way, dj.NodeMesh(nodes))
+            self.bytes = self.frozen.plan.traffic_bytes
+        elif way == ROWS:
+            program, self.bytes = row_split.program(weights(directory), dj.NodeMesh(nodes).jax_mesh)
+        elif way == ALONE and jax.process_index() == 0:
+            program = alone(directory)
+        elif way == ONNX and jax.process_index() == 0:
+            program = onnx_resnet.program(weights(directory), SIZE)
+        self.run = lambda images=1: jax.block_until_ready(program(self.image.repeat(images, 0)))
+        self.run()
 
     def answer(self, question: dict[str, Any]) -> Any:
         """Seconds of runs, or what was measured of links, computation or memory."""
@@ -137,19 +135,19 @@ class Host:
 
         match question["ask"]:
             case "seconds":
-                return [self._seconds(question["way"]) for _ in range(question["iterations"])]
+                images = question.get("images", 1)
+                return [self._seconds(images) for _ in range(question["iterations"])]
             case "link":
-                mesh = next(iter(self.frozen.values())).mesh
-                return dataclasses.asdict(runtime.measure_links(mesh).default)
+                return dataclasses.asdict(runtime.measure_links(self.frozen.mesh).default)
             case "compute":
-                return compute_ms(self.frozen[question["way"]], self.image)
+                return compute_ms(self.frozen, self.image)
             case "memory":
                 status = Path("/proc/self/status").read_text()
                 return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
-    def _seconds(self, way: str) -> float:
+    def _seconds(self, images: int) -> float:
         start = time.perf_counter()
-        self.run[way]()
+        self.run(images)
         return time.perf_counter() - start
 
 
@@ -157,18 +155,20 @@ def host(args: argparse.Namespace) -> None:
     from disco_jax import runtime
 
     with runtime.connect(f"{slow_link.address(0)}:{args.port}", args.nodes, args.host):
-        runs = Host(args.plans, args.nodes, args.ways)
+        runs = Host(args.plans, args.nodes, args.way)
         print(ANSWER + json.dumps(runs.bytes), flush=True)
         for line in sys.stdin:
             print(ANSWER + json.dumps(runs.answer(json.loads(line))), flush=True)
 
 
 class Hosts:
-    """The processes, which all do the same."""
+    """The processes of one program, a host each, which all do the same."""
 
-    def __init__(self, plans: Path, nodes: int, ways: list[str], port: int = 9876):
+    ports = itertools.count(9876)
+
+    def __init__(self, plans: Path, nodes: int, way: str):
         command = [sys.executable, __file__, f"--nodes={nodes}", f"--plans={plans}"]
-        command += [f"--port={port}", "--ways", *ways]
+        command += [f"--port={next(self.ports)}", f"--way={way}"]
         self.running = [slow_link.start(i, i % 2, [*command, f"--host={i}"]) for i in range(nodes)]
         self.bytes = self.answers()[0]
 
@@ -189,9 +189,9 @@ class Hosts:
         self.tell(ask, **what)
         return self.answers()
 
-    def seconds(self, way: str, iterations: int) -> list[float]:
+    def seconds(self, iterations: int) -> list[float]:
         """Of each run, at host 0, where the result is."""
-        return self.ask("seconds", way=way, iterations=iterations)[0]
+        return self.ask("seconds", iterations=iterations)[0]
 
     def close(self) -> None:
         for running in self.running:
@@ -204,22 +204,22 @@ def sent(nodes: int) -> int:
     return sum(slow_link.bytes_sent(i) for i in range(nodes))
 
 
-def measure(hosts: Hosts, rounds: int, each: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in hosts.bytes}
-    wire: dict[str, int] = dict.fromkeys(hosts.bytes, 0)
+def measure(every: dict[str, Hosts], rounds: int, each: int) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {way: [] for way in every}
+    wire: dict[str, int] = dict.fromkeys(every, 0)
     for _ in range(rounds):
-        for name in hosts.bytes:
-            hosts.seconds(name, 1)  # what the one before left behind
+        for way, hosts in every.items():
+            hosts.seconds(1)  # what the one before left behind
             before = sent(len(hosts.running))
-            seconds[name] += hosts.seconds(name, each)
-            wire[name] += sent(len(hosts.running)) - before
+            seconds[way] += hosts.seconds(each)
+            wire[way] += sent(len(hosts.running)) - before
     return {
-        name: {
+        way: {
             "ms": round(1e3 * statistics.median(times), 2),
-            "plan_bytes": hosts.bytes[name],
-            "wire_bytes": round(wire[name] / len(times)),
+            "plan_bytes": every[way].bytes,
+            "wire_bytes": round(wire[way] / len(times)),
         }
-        for name, times in seconds.items()
+        for way, times in seconds.items()
     }
 
 
@@ -242,54 +242,57 @@ def predict(found: dict[str, Any], plans: Path, link: dict[str, float]) -> None:
 
 def latencies(args: argparse.Namespace, ways: list[str]) -> None:
     """One line for each rate."""
-    hosts = Hosts(args.plans, args.nodes, ways)
-    computing = {name: round(hosts.ask("compute", way=name)[0], 2) for name in WAYS}
+    every = {way: Hosts(args.plans, args.nodes, way) for way in ways}
+    computing = {way: round(every[way].ask("compute")[0], 2) for way in WAYS}
     for rate in args.rates:
         slow_link.limit(args.nodes, rate)
-        found = measure(hosts, rounds=4, each=max(1, args.iterations // 4))
-        link = hosts.ask("link")[0]
-        for name, ms in computing.items():
-            found[name]["compute_ms"] = ms
+        found = measure(every, rounds=4, each=max(1, args.iterations // 4))
+        link = every[BEST].ask("link")[0]
+        for way, ms in computing.items():
+            found[way]["compute_ms"] = ms
         predict(found, args.plans, link)
         write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
-    hosts.close()
+    for hosts in every.values():
+        hosts.close()
 
 
-def memories(args: argparse.Namespace) -> None:
-    """Peak resident memory of processes that run one thing only, above one that runs nothing."""
+def memories(args: argparse.Namespace, ways: list[str]) -> None:
+    """Peak resident memory of each program's process, above one that has connected only."""
     peaks = {}
-    for way in ("nothing", *WAYS, ROWS, ALONE):
-        hosts = Hosts(args.plans, args.nodes, [] if way == "nothing" else [way])
-        if way != "nothing":
-            hosts.seconds(way, 3)
+    for way in (NOTHING, *ways):
+        hosts = Hosts(args.plans, args.nodes, way)
+        hosts.seconds(3)
         peaks[way] = hosts.ask("memory")[0]
         hosts.close()
-    above = {way: round(peak - peaks["nothing"], 1) for way, peak in peaks.items()}
+    above = {way: round(peak - peaks[NOTHING], 1) for way, peak in peaks.items()}
     write(
         args, {"what": "memory", "mib": {w: round(p, 1) for w, p in peaks.items()}, "above": above}
     )
 
 
-def streams(args: argparse.Namespace, rate: float, most: int = 3) -> None:
-    """Images a second with several in flight: pairs of processes that share hosts and link.
+def streams(args: argparse.Namespace, rate: float) -> None:
+    """Images a second with several in flight: programs that take turns, and images in a batch.
 
     ``limit`` is what the busier of the two would allow alone: a node's link, or its core.
     """
     slow_link.limit(args.nodes, rate)
-    hosts, found, busy = [], {}, 0.0
-    for count in range(1, most + 1):
-        hosts.append(Hosts(args.plans, args.nodes, [BEST], 9876 + count))
-        if count == 1:
-            computing = hosts[0].ask("compute", way=BEST)[0] / 1e3
-            busy = max(hosts[0].bytes[BEST] / args.nodes / rate / 125_000, computing)
-        for each in hosts:
-            each.tell("seconds", way=BEST, iterations=args.iterations)
+    every = [Hosts(args.plans, args.nodes, BEST) for _ in range(2)]
+    computing = every[0].ask("compute")[0] / 1e3
+    busy = max(every[0].bytes / args.nodes / rate / 125_000, computing)
+    found = {}
+    for programs, images in itertools.product((1, 2), (1, 2, 4, 8)):
+        running, batches = every[:programs], args.iterations * 4 // images
+        for hosts in running:
+            hosts.ask("seconds", iterations=2, images=images)
         start = time.perf_counter()
-        for each in hosts:
-            each.answers()
-        found[count] = round(count * args.iterations / (time.perf_counter() - start), 3)
-    for each in hosts:
-        each.close()
+        for hosts in running:
+            hosts.tell("seconds", iterations=batches, images=images)
+        for hosts in running:
+            hosts.answers()
+        seconds = time.perf_counter() - start
+        found[f"{programs} x {images}"] = round(programs * batches * images / seconds, 3)
+    for hosts in every:
+        hosts.close()
     row = {"what": "streams", "mbit": rate, "images_per_second": found, "limit": round(1 / busy, 3)}
     write(args, row)
 
@@ -311,7 +314,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--port", type=int, default=9876, help=argparse.SUPPRESS)
     parser.add_argument("--host", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--ways", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.plans = (args.plans or Path("runs") / f"link-{args.nodes}").absolute()
@@ -326,10 +329,11 @@ def main() -> None:
             subprocess.run([*command, f"--plans={args.plans}"], check=True)
         with slow_link.hosts(args.nodes):
             slow_link.limit(args.nodes, 1000)
+            ways = [*WAYS, *([ROWS] if args.nodes == 2 else []), ALONE]
             if "latency" in args.what:
-                latencies(args, [*WAYS, *([ROWS] if args.nodes == 2 else []), ALONE, ONNX])
+                latencies(args, [*ways, ONNX])
             if "memory" in args.what:
-                memories(args)
+                memories(args, ways)
             if "streams" in args.what:
                 streams(args, 100)
 

@@ -101,6 +101,9 @@ except dj.DiscoError as error:
 else:
     raise AssertionError("saved what it does not have")
 frozen(images + int(rank))  # images are not sent round to be compared
+if hasattr(os, "SCHED_BATCH"):  # no thread interrupts another, those of gloo neither
+    policies = {os.sched_getscheduler(int(t)) for t in os.listdir("/proc/self/task")}
+    assert policies == {os.SCHED_BATCH}
 print(mesh, "agrees", flush=True)
 peers.close()
 """

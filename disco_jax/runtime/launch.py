@@ -93,6 +93,7 @@ def connect(
         heartbeat_timeout_seconds=int(10 * timeout),  # the peers are faster, and say who
     )
     _talk_through(interface, coordinator)
+    _take_turns()
     joined = Peers(node_id, channels, timeout=timeout)
     atexit.register(_leave, joined)
     return joined
@@ -192,6 +193,18 @@ def _talk_through(interface: str | None, coordinator: str) -> None:
     config: Any = jax.config
     if config.jax_cpu_collectives_implementation == "gloo":
         xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
+
+
+def _take_turns() -> None:
+    """Makes this process's threads wait for each other rather than interrupt (Linux).
+
+    gloo's thread wakes with every message. On a core that it shares it would interrupt the thread
+    that has just locked the connection, and spin on that lock until the scheduler's next tick: a
+    message of 0.1 ms then takes up to 3 ms. Batch threads interrupt no other when they wake.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        for thread in os.listdir("/proc/self/task"):  # those to come are like the one they come of
+            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
 
 
 def route_to(coordinator: str) -> str:

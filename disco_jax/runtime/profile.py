@@ -29,6 +29,8 @@ from disco_jax.trace import modules
 
 SMALL, LARGE = 64, 100_000  # bytes of the messages that tell α and β apart; see plan.freeze
 IDLE = 0.2  # seconds after which a token bucket is full again
+Pairs = Sequence[tuple[int, int]]
+WORK = 512  # size of the product that a node computes between two messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +126,12 @@ def exchange_ms(frozen: Frozen, examples: int = 1, iterations: int = 20) -> dict
     return found
 
 
-def measure_links(mesh: NodeMesh, repeats: int = 5) -> Links:
+def measure_links(mesh: NodeMesh, repeats: int = 9) -> Links:
     """α and β of every pair of nodes, from messages of two sizes in both directions at once.
 
-    Rounds that follow each other without a pause find the rate, a single large one after a pause
-    finds the burst.
+    A single message counts as what it adds to a computation, as in a model: between nodes that do
+    nothing else threads and caches have gone to sleep. α is what a small one takes; large ones that
+    follow each other without a pause find the rate, a single large one after a pause the burst.
     """
     pairs = {}
     for a, b in itertools.combinations(range(mesh.nodes), 2):
@@ -138,24 +141,35 @@ def measure_links(mesh: NodeMesh, repeats: int = 5) -> Links:
 
 
 def _measure_pair(mesh: NodeMesh, a: int, b: int, repeats: int) -> Link:
+    def seconds(pairs: Pairs, size: int, count: int, work: bool) -> float:
+        run, pause = _rounds(mesh, pairs, size, count, work), IDLE if size == LARGE else 0.0
+        return _slowest(_median(run, repeats, pause), mesh)
+
+    def added(size: int, count: int) -> float:
+        return seconds(both, size, count, True) - seconds((), size, count, True)
+
     both = ((a, b), (b, a))
-    small = _rounds(mesh, both, SMALL, 20)
-    few, many = (_rounds(mesh, both, LARGE, n) for n in (1, 9))
-    latency = _slowest(_median(small, repeats), mesh) / 20
-    time_of_few = _slowest(_median(few, repeats, IDLE), mesh)
-    rate = 8 * LARGE / max(1e-9, _slowest(_median(many, repeats, IDLE), mesh) - time_of_few)
-    burst = LARGE - (time_of_few - latency) * rate
+    latency = max(0.0, added(SMALL, 20) / 20)
+    single, many = added(LARGE, 1), seconds(both, LARGE, 9, False)
+    rate = LARGE / max(1e-9, (many - single) / 8 - latency)
+    burst = LARGE - (single - latency) * rate
     return Link(8e-6 * rate, 1e3 * latency, float(np.clip(burst, 0, LARGE)))
 
 
-def _rounds(
-    mesh: NodeMesh, pairs: Sequence[tuple[int, int]], size: int, count: int
-) -> Callable[[], Any]:
-    """A program that sends ``size`` bytes over each pair, ``count`` times one after another."""
+def _rounds(mesh: NodeMesh, pairs: Pairs, size: int, count: int, work: bool) -> Callable[[], Any]:
+    """A program that sends ``size`` bytes over each pair, ``count`` times one after another.
+
+    With ``work`` every node multiplies two matrices before each message.
+    """
 
     def on_node(x: jax.Array) -> jax.Array:
+        product = jnp.full((WORK, WORK), 1 / WORK)
         for _ in range(count):
-            x = jax.lax.ppermute(x + 1, NODE, pairs)
+            if work:
+                product = product @ product + 1e-9 * x[0, 0].astype(jnp.float32)
+                x = x + product[0, 0].astype(x.dtype)
+            if pairs:
+                x = jax.lax.ppermute(x + 1, NODE, pairs)
         return x
 
     run = jax.jit(
