@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -99,9 +99,25 @@ def sparse_exchange(
     choice = Choice(density, score, budget, costs, tuple(rules), norms, seed, options)
     _check_schedule(schedule, every, regrow, turnover)
     require(lasso >= 0, f"`lasso` (={lasso}) must be 0 (none) or more; choose one, such as 1e-4")
-    inner = optax.with_extra_args_support(inner)
+    wrapped = optax.with_extra_args_support(inner)
+    pruning = _Pruning(choice, wrapped, steps, schedule, every, regrow, turnover, lasso)
+    return optax.GradientTransformationExtraArgs(pruning.init, pruning.update)
 
-    def init(params: Any) -> SparseExchangeState:
+
+@dataclasses.dataclass(frozen=True)
+class _Pruning:
+    """What :func:`sparse_exchange` was given, and what it does with it."""
+
+    choice: Choice
+    inner: optax.GradientTransformationExtraArgs
+    steps: int
+    schedule: str
+    every: int
+    regrow: str
+    turnover: float
+    lasso: float
+
+    def init(self, params: Any) -> SparseExchangeState:
         found, mesh = kernel_readers(params)
         require(
             mesh is not None,
@@ -111,73 +127,92 @@ def sparse_exchange(
         assert mesh is not None
         kernels = group_kernels(params, found)
         require(
-            regrow == "none" or _allows_regrowth(params),
-            f"`regrow` (={regrow!r}) needs gradients of weights that nobody reads; call "
+            self.regrow == "none" or _allows_regrowth(params),
+            f"`regrow` (={self.regrow!r}) needs gradients of weights that nobody reads; call "
             "sparsify.allow_regrowth(model) before the optimiser is made",
         )
         zeros = {
             p: jnp.zeros((mesh.nodes, k[0].shape[-2]), jnp.float32) for p, k in kernels.items()
         }
-        now = choice.scores(kernels, found, mesh, grads=kernels)
+        now = self.choice.scores(kernels, found, mesh, grads=kernels)
         return SparseExchangeState(
             jnp.zeros((), jnp.int32),
-            choice.masks(now, left=1.0),
-            dict(zeros) if choice.needs_gradients() else {},
-            dict(zeros) if regrow == "gradient" else {},
-            inner.init(params),
+            self.choice.masks(now, left=1.0),
+            dict(zeros) if self.choice.needs_gradients() else {},
+            dict(zeros) if self.regrow == "gradient" else {},
+            self.inner.init(params),
             found,
             mesh,
         )
 
     def update(
-        grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
+        self, grads: Any, state: SparseExchangeState, params: Any = None, **extra: Any
     ) -> tuple[Any, SparseExchangeState]:
         require(
             params is not None,
             "`params` is missing; call update(grads, state, params): masks are "
             "chosen by the weights",
         )
-        mesh, step = state.mesh, state.step
         kernels = group_kernels(params, state.readers)
-        given = grads if regrow != "gradient" else _of_kept(grads, state)
-        if lasso:
-            strength = lasso * step / max(steps, 1) * (step < steps)
-            given = _add_lasso(given, params, kernels, state, strength)
-        updates, inner_state = inner.update(given, state.inner, params, **extra)
+        given = self._gradients(grads, state, params, kernels)
+        updates, inner = self.inner.update(given, state.inner, params, **extra)
         slopes = group_kernels(grads, state.readers)
 
         def scores() -> Scores:
-            return choice.scores(kernels, state.readers, mesh, grads=slopes)
+            return self.choice.scores(kernels, state.readers, state.mesh, grads=slopes)
 
-        def mean(before: Scores, now: Scores) -> Scores:
-            return mesh.replicate(optax.tree.add_scale(now, MEMORY, optax.tree.sub(before, now)))
+        averages = _mean(state, state.scores, scores)
+        growth = _mean(
+            state, state.growth, lambda: {p: l2(g, state.mesh.nodes) for p, g in slopes.items()}
+        )
+        masks = self._masks(state, averages, growth, scores)
+        after = dataclasses.replace(
+            state, step=state.step + 1, masks=masks, scores=averages, growth=growth, inner=inner
+        )
+        return updates, after
 
-        averages, growth = state.scores, state.growth
-        if averages:
-            averages = mean(averages, scores())
-        if growth:
-            growth = mean(growth, {p: l2(g, mesh.nodes) for p, g in slopes.items()})
+    def _gradients(
+        self, grads: Any, state: SparseExchangeState, params: Any, kernels: Kernels
+    ) -> Any:
+        """What the wrapped optimiser sees."""
+        given = grads if self.regrow != "gradient" else _of_kept(grads, state)
+        if not self.lasso:
+            return given
+        strength = self.lasso * state.step / max(self.steps, 1) * (state.step < self.steps)
+        return _add_lasso(given, params, kernels, state, strength)
+
+    def _masks(
+        self,
+        state: SparseExchangeState,
+        averages: Scores,
+        growth: Scores,
+        scores: Callable[[], Scores],
+    ) -> Masks:
+        """The next choice where one is due, or those of before."""
+        mesh, step = state.mesh, state.step
         # Scores are made whole on every device outside the condition: devices that wait for each
         # other inside a condition, while others outside do, can wait for ever.
         ready = averages or (mesh.replicate(scores()) if mesh.distributed else None)
 
         def choose() -> Masks:
             now = scores() if ready is None else ready
-            t = step / max(steps, 1) if steps else jnp.ones(())
-            left = SCHEDULES[schedule](t)
+            t = step / max(self.steps, 1) if self.steps else jnp.ones(())
+            left = SCHEDULES[self.schedule](t)
             if not growth:
-                return choice.masks(now, left)
-            swap = turnover * (1 + jnp.cos(jnp.pi * jnp.minimum(t, 1.0))) / 2
-            return choice.regrown(now, growth, state.masks, left, swap)
+                return self.choice.masks(now, left)
+            swap = self.turnover * (1 + jnp.cos(jnp.pi * jnp.minimum(t, 1.0))) / 2
+            return self.choice.regrown(now, growth, state.masks, left, swap)
 
-        due = ((step % every == 0) & (step < steps)) | (step == steps)
-        masks = jax.lax.cond(due, choose, lambda: state.masks)
-        after = dataclasses.replace(
-            state, step=step + 1, masks=masks, scores=averages, growth=growth, inner=inner_state
-        )
-        return updates, after
+        due = ((step % self.every == 0) & (step < self.steps)) | (step == self.steps)
+        return jax.lax.cond(due, choose, lambda: state.masks)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+
+def _mean(state: SparseExchangeState, before: Scores, now: Callable[[], Scores]) -> Scores:
+    """The running mean after one more update; {} where there is none."""
+    if not before:
+        return before
+    after = now()
+    return state.mesh.replicate(optax.tree.add_scale(after, MEMORY, optax.tree.sub(before, after)))
 
 
 def _of_kept(grads: Any, state: SparseExchangeState) -> Any:
