@@ -75,6 +75,7 @@ def prepare(directory: Path, nodes: int) -> None:
             dj.sparsify.prune(model, way["density"], "random")
         frozen = dj.freeze(model, image(), wire_dtype=wires, message_bytes=100_000)
         frozen.save(directory / name)
+        np.save(directory / f"{name}.npy", frozen(image()))  # what the hosts must find
         print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
 
 
@@ -98,8 +99,11 @@ def weights(directory: Path) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def nothing(_: Any) -> None:
+def nothing(x: Any) -> Any:
     """What a host does while the other works alone."""
+    import jax
+
+    return jax.jit(lambda x: x + 1)(x)
 
 
 class Host:
@@ -123,6 +127,7 @@ class Host:
             program = alone(directory)
         elif way == ONNX and jax.process_index() == 0:
             program = onnx_resnet.program(weights(directory), SIZE)
+        self.expected = directory / f"{way}.npy"
         self.run = lambda images=1: jax.block_until_ready(program(self.image.repeat(images, 0)))
         self.run()
 
@@ -141,6 +146,11 @@ class Host:
                 return dataclasses.asdict(runtime.measure_links(self.frozen.mesh).default)
             case "compute":
                 return compute_ms(self.frozen, self.image)
+            case "difference":
+                expected = np.load(self.expected)
+                mine = self.run().addressable_shards
+                furthest = max(np.abs(s.data - expected[s.index]).max() for s in mine)
+                return float(furthest / np.abs(expected).max())
             case "memory":
                 status = Path("/proc/self/status").read_text()
                 return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -244,12 +254,14 @@ def latencies(args: argparse.Namespace, ways: list[str]) -> None:
     """One line for each rate."""
     every = {way: Hosts(args.plans, args.nodes, way) for way in ways}
     computing = {way: round(every[way].ask("compute")[0], 2) for way in WAYS}
+    differences = {way: max(every[way].ask("difference")) for way in WAYS}
+    print("relative to one process that plays all nodes:", differences, flush=True)
     for rate in args.rates:
         slow_link.limit(args.nodes, rate)
         found = measure(every, rounds=4, each=max(1, args.iterations // 4))
         link = every[BEST].ask("link")[0]
         for way, ms in computing.items():
-            found[way]["compute_ms"] = ms
+            found[way] |= {"compute_ms": ms, "difference": differences[way]}
         predict(found, args.plans, link)
         write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
     for hosts in every.values():
@@ -257,7 +269,7 @@ def latencies(args: argparse.Namespace, ways: list[str]) -> None:
 
 
 def memories(args: argparse.Namespace, ways: list[str]) -> None:
-    """Peak resident memory of each program's process, above one that has connected only."""
+    """Peak resident memory of each program's process, above one that computes ``x + 1``."""
     peaks = {}
     for way in (NOTHING, *ways):
         hosts = Hosts(args.plans, args.nodes, way)

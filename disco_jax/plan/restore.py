@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,16 @@ def load(
     move(model, mesh)
     model.eval()
     read_weights(model, directory, mine, mesh, manifest["axes"])
+    give_back_memory()
     return Frozen(model, plan)
+
+
+def give_back_memory() -> None:
+    """Returns what building and compiling have used to the system, which else keeps it (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _builder(

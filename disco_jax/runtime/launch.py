@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import os
 import socket
+import sys
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from disco_jax.version import __version__
 # Launchers that jax.distributed reads the coordinator and the ranks from, and how many processes
 # each of them says there are.
 LAUNCHERS = {"slurm": "SLURM_NTASKS", "ompi": "OMPI_COMM_WORLD_SIZE"}
+M_ARENA_MAX = -8  # from malloc.h
 KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
 
 
@@ -94,6 +96,7 @@ def connect(
     )
     _talk_through(interface, coordinator)
     _take_turns()
+    _share_one_heap()
     joined = Peers(node_id, channels, timeout=timeout)
     atexit.register(_leave, joined)
     return joined
@@ -205,6 +208,14 @@ def _take_turns() -> None:
     if hasattr(os, "SCHED_BATCH"):
         for thread in os.listdir("/proc/self/task"):  # those to come are like the one they come of
             os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _share_one_heap() -> None:
+    """Makes threads allocate from one heap (glibc): with a heap for each, every thread that has run
+    a layer keeps memory for its activations."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def route_to(coordinator: str) -> str:

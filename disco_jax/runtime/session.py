@@ -22,6 +22,7 @@ from disco_jax.errors import DiscoError, require
 from disco_jax.gather import everywhere
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan import Frozen, Program
+from disco_jax.plan.restore import give_back_memory
 from disco_jax.runtime.launch import connected
 from disco_jax.runtime.peers import Peers
 
@@ -77,6 +78,7 @@ class Session:
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._served = self._unreadable = 0
         self._classify([])
+        give_back_memory()
 
     def answers(self, paths: Iterable[str]) -> Iterator[Answer]:
         """Node 0: for each path ``{"image", "class", "score"}``, or ``{"image", "error"}``."""
