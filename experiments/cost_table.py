@@ -5,6 +5,8 @@
 Traffic is in bytes per example over all links (float32), multiplications and memory
 (weights, and activations of one example) are one node's. Masks are chosen by the magnitude of
 random weights; the figures come from traced shapes and the frozen plan, and the network is not run.
+The latency is what ``cost.predict`` says of links of 100 Mbit/s and 0.1 ms, and nodes of
+70 * 10⁹ multiplications per second.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import disco_jax as dj
+
+LINK, GMACS = dj.cost.Link(mbit=100, ms=0.1), 70
 
 
 def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
@@ -43,6 +47,7 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
         "weight_share": plan.weight_bytes_per_node / weights,
         "activation_bytes_per_node": memory.activation_bytes,
         "memory_bytes_per_node": memory.total_bytes,
+        "predicted_ms": dj.cost.predict(plan, LINK, gmacs=GMACS).ms,
     }
 
 

@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
+COSTS = Path(__file__).parent / "results" / "cost_table.json"
 Row = dict[str, Any]
 
 
@@ -33,15 +34,12 @@ def show(row: Row) -> None:
     print(f"\n{row['what']}, {row['nodes']} nodes{rate}")
     if row["what"] == "memory":
         alone = row["above"]["one host"]
+        print("  MiB above a process that computes x + 1")
         for way, mib in row["above"].items():
-            print(
-                f"  {way:24s} {mib:8.1f} MiB above an empty process, {mib / alone:5.2f} of one host"
-            )
+            print(f"  {way:24s} {mib:8.1f}, {mib / alone:5.2f} of one host")
     elif row["what"] == "streams":
-        for count, rate in row["images_per_second"].items():
-            print(
-                f"  {count} in flight: {rate:6.2f} images/s, {rate / row['limit']:.2f} of the limit"
-            )
+        for flight, rate in row["images_per_second"].items():
+            print(f"  {flight}: {rate:6.2f} images/s, {rate / row['limit']:.2f} of the limit")
     else:
         show_latencies(row["ways"])
 
@@ -61,29 +59,46 @@ def show_latencies(ways: dict[str, Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Latency against the rate of the link: a panel for each number of nodes."""
+    """Latency against the rate of the link, and bytes against the number of nodes."""
     rows = [row for row in rows if row["what"] == "latency"]
-    counts = sorted({row["nodes"] for row in rows})
-    figure, axes = plt.subplots(1, len(counts), figsize=(1 + 4.6 * len(counts), 4), squeeze=False)
-    for axis, nodes in zip(axes[0], counts, strict=True):
-        mine = sorted((row["mbit"], row["ways"]) for row in rows if row["nodes"] == nodes)
-        rates = [rate for rate, _ in mine]
-        for i, way in enumerate(mine[0][1]):
-            measured = [ways[way]["ms"] for _, ways in mine]
-            style = "--" if way.startswith("one host") else "-"
-            axis.plot(rates, measured, style, marker="o", color=f"C{i}", label=way)
-            if "predicted_ms" in mine[0][1][way]:
-                predicted = [ways[way]["predicted_ms"] for _, ways in mine]
-                axis.plot(rates, predicted, "x", color=f"C{i}")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("link, Mbit/s")
-        axis.set_title(f"ResNet-50, batch 1, {nodes} hosts of one core (x: predicted)", fontsize=10)
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("latency, ms")
-    axes[0][0].legend(fontsize=8)
+    most = max(rows, key=lambda row: sum(r["nodes"] == row["nodes"] for r in rows))["nodes"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    draw_rates(left, [row for row in rows if row["nodes"] == most], most)
+    draw_nodes(right, rows)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def draw_rates(axis: Any, rows: list[Row], nodes: int) -> None:
+    mine = sorted(rows, key=lambda row: row["mbit"])
+    rates = [row["mbit"] for row in mine]
+    for i, way in enumerate(mine[0]["ways"]):
+        found = [row["ways"][way] for row in mine]
+        style = "--" if way.startswith("one host") else "-"
+        axis.plot(rates, [f["ms"] for f in found], style, marker="o", color=f"C{i}", label=way)
+        if "predicted_ms" in found[0]:
+            axis.plot(rates, [f["predicted_ms"] for f in found], "x", color=f"C{i}")
+    axis.set(xscale="log", yscale="log", xlabel="link, Mbit/s", ylabel="latency, ms")
+    axis.set_title(f"ResNet-50, batch 1, {nodes} hosts of one core (x: predicted)", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+def draw_nodes(axis: Any, rows: list[Row]) -> None:
+    """The plan's bytes as ``cost_table.py`` counts them, and those on the interfaces."""
+    costs = json.loads(COSTS.read_text())
+    counts = [row["nodes"] for row in costs]
+    for i, (way, key) in enumerate(
+        (("dense float32", "dense_traffic_bytes"), ("0.2 float32", "traffic_bytes"))
+    ):
+        axis.plot(counts, [row[key] / 1e6 for row in costs], color=f"C{i}", label=f"{way}, plan")
+        points = [(row["nodes"], row["ways"][way]["wire_bytes"] / 1e6) for row in rows]
+        axis.plot(*zip(*points, strict=True), "o", color=f"C{i}", label=f"{way}, interfaces")
+    axis.set(xscale="log", yscale="log", xlabel="nodes", ylabel="MB per image, all links")
+    axis.set_xticks(counts, counts)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
 
 
 def main() -> None:

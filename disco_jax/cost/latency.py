@@ -69,7 +69,8 @@ def predict(
     """The latency of a plan on nodes that compute and communicate in turn, as CPUs do.
 
     Every message of a hop starts when the slowest node is there, and the hop ends with its slowest
-    message: ``Σ_layers macs / rate + Σ_hops max_links(α + bytes / β)``.
+    message: ``Σ_layers macs / rate + Σ_hops max_links(α + bytes / β)``. Images follow each other
+    without a pause, so that a burst is free only as far as the link has recovered from the last.
 
     Args:
       plan: of ``dj.freeze``.
@@ -98,12 +99,13 @@ def predict(
         compute_ms = examples * plan.macs_per_node / gmacs / 1e6
     buckets = _Buckets(Links.of(links))
     share = compute_ms / 1e3 / max(1, plan.macs_per_node)
-    spent = {e.path: 0.0 for e in plan.exchanges}
-    for step in _steps(plan):
-        if isinstance(step, ExchangePlan):
-            spent[step.path] += sum(_seconds(step, plan.nodes, examples, buckets))
-        else:
-            buckets.refill(step * share)
+    for _ in range(2):  # the second time finds the buckets as the first has left them
+        spent = {e.path: 0.0 for e in plan.exchanges}
+        for step in _steps(plan):
+            if isinstance(step, ExchangePlan):
+                spent[step.path] += sum(_seconds(step, plan.nodes, examples, buckets))
+            else:
+                buckets.refill(step * share)
     return Prediction(
         tuple(
             LinkTime(e.path, e.traffic_bytes(plan.nodes), 1e3 * spent[e.path])

@@ -95,7 +95,6 @@ def connect(
         heartbeat_timeout_seconds=int(10 * timeout),  # the peers are faster, and say who
     )
     _talk_through(interface, coordinator)
-    _take_turns()
     _share_one_heap()
     joined = Peers(node_id, channels, timeout=timeout)
     atexit.register(_leave, joined)
@@ -188,26 +187,30 @@ def _talk_through(interface: str | None, coordinator: str) -> None:
     where = {"interface": interface} if interface else {"hostname": route_to(coordinator)}
 
     def make_client() -> Any:
-        client = distributed.global_state.client
-        return xla_bridge.make_cpu_client(
-            _jax.make_gloo_tcp_collectives(distributed_client=client, **where)
-        )
+        client, before = distributed.global_state.client, _threads()
+        gloo = _jax.make_gloo_tcp_collectives(distributed_client=client, **where)
+        for thread in _threads() - before:
+            _let_others_finish(thread)
+        return xla_bridge.make_cpu_client(gloo)
 
     config: Any = jax.config
     if config.jax_cpu_collectives_implementation == "gloo":
         xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
 
 
-def _take_turns() -> None:
-    """Makes this process's threads wait for each other rather than interrupt (Linux).
+def _threads() -> set[int]:
+    """The threads of this process, on Linux."""
+    return set(map(int, os.listdir("/proc/self/task"))) if sys.platform == "linux" else set()
+
+
+def _let_others_finish(thread: int) -> None:
+    """Makes a thread wait, when it wakes, for the one that has its core.
 
     gloo's thread wakes with every message. On a core that it shares it would interrupt the thread
     that has just locked the connection, and spin on that lock until the scheduler's next tick: a
-    message of 0.1 ms then takes up to 3 ms. Batch threads interrupt no other when they wake.
+    message of 0.1 ms then takes up to 3 ms.
     """
-    if hasattr(os, "SCHED_BATCH"):
-        for thread in os.listdir("/proc/self/task"):  # those to come are like the one they come of
-            os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+    os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _share_one_heap() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +28,7 @@ from disco_jax.trace import modules
 
 SMALL, LARGE = 64, 100_000  # bytes of the messages that tell α and β apart; see plan.freeze
 IDLE = 0.2  # seconds after which a token bucket is full again
-Pairs = Sequence[tuple[int, int]]
-WORK = 512  # size of the product that a node computes between two messages
+WORK = 512  # size of the products that a node computes between messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +79,7 @@ def profile(frozen: Frozen, images: Float[Array, "b ..."], *, iterations: int = 
     Raises:
       DiscoError: if the model is emulated, so that there are no links.
     """
-    require(
-        frozen.mesh.distributed,
-        f"`frozen` runs on {frozen.mesh}, which has no links; freeze it for a device per node",
-    )
+    _check_links(frozen.mesh)
     compute = compute_ms(frozen, images, iterations)
     links = measure_links(frozen.mesh)
     return Profile(
@@ -127,60 +122,79 @@ def exchange_ms(frozen: Frozen, examples: int = 1, iterations: int = 20) -> dict
 
 
 def measure_links(mesh: NodeMesh, repeats: int = 9) -> Links:
-    """α and β of every pair of nodes, from messages of two sizes in both directions at once.
+    """α and β of every link, where all nodes send at once, as in a hop of an exchange.
 
     A single message counts as what it adds to a computation, as in a model: between nodes that do
     nothing else threads and caches have gone to sleep. α is what a small one takes; large ones that
     follow each other without a pause find the rate, a single large one after a pause the burst.
+
+    Raises:
+      DiscoError: if the nodes are emulated, or there is only one.
     """
-    pairs = {}
-    for a, b in itertools.combinations(range(mesh.nodes), 2):
-        link = _measure_pair(mesh, a, b, repeats)
-        pairs[a, b] = pairs[b, a] = link
-    return Links(next(iter(pairs.values())), pairs)
+    _check_links(mesh)
+    links = {}
+    for offset in range(1, mesh.nodes):
+        for target, link in enumerate(_measure_hop(mesh, offset, repeats)):
+            links[(target - offset) % mesh.nodes, target] = link
+    return Links(links[0, 1], links)
 
 
-def _measure_pair(mesh: NodeMesh, a: int, b: int, repeats: int) -> Link:
-    def seconds(pairs: Pairs, size: int, count: int, work: bool) -> float:
-        run, pause = _rounds(mesh, pairs, size, count, work), IDLE if size == LARGE else 0.0
-        return _slowest(_median(run, repeats, pause), mesh)
-
-    def added(size: int, count: int) -> float:
-        return seconds(both, size, count, True) - seconds((), size, count, True)
-
-    both = ((a, b), (b, a))
-    latency = max(0.0, added(SMALL, 20) / 20)
-    single, many = added(LARGE, 1), seconds(both, LARGE, 9, False)
-    rate = LARGE / max(1e-9, (many - single) / 8 - latency)
-    burst = LARGE - (single - latency) * rate
-    return Link(8e-6 * rate, 1e3 * latency, float(np.clip(burst, 0, LARGE)))
+def _check_links(mesh: NodeMesh) -> None:
+    require(
+        mesh.distributed,
+        f"`mesh` (={mesh}) has no links; take at least two nodes with a device for each",
+    )
 
 
-def _rounds(mesh: NodeMesh, pairs: Pairs, size: int, count: int, work: bool) -> Callable[[], Any]:
-    """A program that sends ``size`` bytes over each pair, ``count`` times one after another.
+def _measure_hop(mesh: NodeMesh, offset: int, repeats: int) -> list[Link]:
+    """What each node receives from the one that is ``offset`` before it."""
 
-    With ``work`` every node multiplies two matrices before each message.
+    def added(sizes: Sequence[int], work: int, repeats: int, pause: float) -> np.ndarray:
+        """Median of what messages add to the work between them, at each node."""
+        nothing = (0,) * len(sizes)
+        sending, alone = (_rounds(mesh, offset, s, work) for s in (sizes, nothing))
+        times = [(_median(sending, 1, pause), _median(alone, 1, pause)) for _ in range(repeats)]
+        return _of_nodes(statistics.median(with_ - without for with_, without in times), mesh)
+
+    latency = np.maximum(0.0, added((SMALL,) * 20, 1, 3 * repeats, 0.0) / 20)
+    single = added((LARGE,), 2, 2 * repeats, IDLE)
+    # For 50 ms, where the links are fast.
+    more = int(np.clip(0.05 / max(single.max(), 1e-9), 8, 64))
+    many = added((LARGE,) * (1 + more), 0, repeats, IDLE)
+    rate = LARGE / np.maximum(1e-9, (many - single) / more - latency)
+    burst = np.clip(LARGE - (single - latency) * rate, 0, LARGE)
+    return [Link(*map(float, link)) for link in zip(8e-6 * rate, 1e3 * latency, burst, strict=True)]
+
+
+def _rounds(mesh: NodeMesh, offset: int, sizes: Sequence[int], work: int) -> Callable[[], Any]:
+    """A program that sends so many bytes from every node, one message after another.
+
+    A first message makes the nodes start together. Before every other each multiplies ``work``
+    matrices.
     """
+    hop = [(s, (s + offset) % mesh.nodes) for s in range(mesh.nodes)]
+
+    def send(x: jax.Array, size: int) -> jax.Array:
+        return x.at[:, :size].set(jax.lax.ppermute(x[:, :size] + 1, NODE, hop))
 
     def on_node(x: jax.Array) -> jax.Array:
-        product = jnp.full((WORK, WORK), 1 / WORK)
-        for _ in range(count):
-            if work:
+        product, x = jnp.full((WORK, WORK), 1 / WORK), send(x, SMALL)
+        for size in sizes:
+            for _ in range(work):
                 product = product @ product + 1e-9 * x[0, 0].astype(jnp.float32)
-                x = x + product[0, 0].astype(x.dtype)
-            if pairs:
-                x = jax.lax.ppermute(x + 1, NODE, pairs)
+            x = x + product[0, 0].astype(x.dtype)
+            x = send(x, size) if size else x
         return x
 
     run = jax.jit(
         jax.shard_map(
             on_node,
             mesh=mesh.jax_mesh,
-            in_specs=P(None, NODE),  # [1, size]
-            out_specs=P(None, NODE),  # [1, size]
+            in_specs=P(None, NODE),  # [1, LARGE]
+            out_specs=P(None, NODE),  # [1, LARGE]
         )
     )
-    x = mesh.put(np.zeros((1, size * mesh.nodes), np.int8), None, NODE)
+    x = mesh.put(np.zeros((1, LARGE * mesh.nodes), np.int8), None, NODE)
     jax.block_until_ready(run(x))
     return lambda: run(x)
 
@@ -203,7 +217,12 @@ def _measure(run: Callable[[], Any], iterations: int, mesh: NodeMesh) -> float:
 
 def _slowest(value: float, mesh: NodeMesh) -> float:
     """The largest of what the nodes' processes have measured, on all of them."""
+    return float(_of_nodes(value, mesh).max())
+
+
+def _of_nodes(value: float, mesh: NodeMesh) -> Float[np.ndarray, "n"]:
+    """What each node's process has measured, on all of them."""
     own = mesh.sharding(None, NODE)
     shape = (1, mesh.nodes)
     values = jax.make_array_from_callback(shape, own, lambda i: np.full((1, 1), value, np.float32))
-    return float(jax.jit(jnp.max, out_shardings=mesh.sharding())(values))
+    return np.asarray(jax.jit(jnp.ravel, out_shardings=mesh.sharding())(values), np.float64)
