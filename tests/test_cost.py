@@ -52,11 +52,13 @@ def test_a_bucket_swallows_what_it_holds_and_fills_while_nodes_compute():
     link = Link(mbit=8, ms=0, burst=1000)
     two = (exchange("a", (100,), 10), exchange("b", (100,), 10))
     busy = plan(*two, layers=[layer("x", "a", 0), layer("y", "b", 0)])
-    assert predict(busy, link, compute_ms=0).link_ms == pytest.approx(1.0)
+    # The image before has left the bucket empty.
+    assert predict(busy, link, compute_ms=0).link_ms == pytest.approx(2.0)
     half = plan(*two, layers=[layer("x", "a", 100), layer("y", "b", 0)])
     found = predict(half, link, compute_ms=0.5)
-    assert [e.ms for e in found.exchanges] == pytest.approx([0, 0.5])
-    assert predict(half, link, compute_ms=2).link_ms == pytest.approx(0)
+    assert [e.ms for e in found.exchanges] == pytest.approx([1, 0.5])
+    ends = plan(*two, layers=[layer("x", "a", 50), layer("y", "b", 50)])
+    assert predict(ends, link, compute_ms=2).link_ms == pytest.approx(0)
 
 
 @pytest.mark.parametrize("given", [{}, {"compute_ms": 1.0, "gmacs": 1.0}])
@@ -98,7 +100,7 @@ def test_profile_measures_every_link_and_exchange():
     assert set(found.exchanges_ms) == {e.path for e in model.plan.exchanges if e.hops}
     assert all(ms > 0 for ms in found.exchanges_ms.values())
     assert found.measured_ms > 0
-    assert 0 < found.compute_ms < found.predicted.ms
+    assert 0 < found.compute_ms <= found.predicted.ms
     assert "rate (Mbit/s)" in str(found)
 
 
