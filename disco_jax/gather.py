@@ -100,7 +100,7 @@ def everywhere(x: Float[Array, "b ... c"], mesh: NodeMesh) -> Float[Array, "b ..
 def _all_gather(x: Shaped[Array, "..."]) -> Shaped[Array, "n ..."]:
     """What every node has, by one permute a ring offset, in as many bytes as the dtype says.
 
-    gloo's own all-gather takes 4 ms between hosts of one core whatever it carries, a permute 0.1.
+    It is as fast as gloo's own all-gather, and counted like every other message.
     """
     dtype = str(x.dtype)
     sent = wire.encode(x, dtype)
