@@ -100,7 +100,9 @@ def test_profile_measures_every_link_and_exchange():
     assert set(found.exchanges_ms) == {e.path for e in model.plan.exchanges if e.hops}
     assert all(ms > 0 for ms in found.exchanges_ms.values())
     assert found.measured_ms > 0
+    # On a busy machine a small message may add nothing that can be measured.
     assert 0 < found.compute_ms <= found.predicted.ms
+    assert all(link.mbit > 0 and link.ms >= 0 for link in found.links.pairs.values())
     assert "rate (Mbit/s)" in str(found)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from flax import nnx
 
 from disco_jax import models, wire
 from disco_jax.errors import require
+from disco_jax.heap import give_back_memory
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan.artifact import PLAN, check_files, read_manifest, read_weights
 from disco_jax.plan.fold import replace_norms
@@ -62,14 +60,6 @@ def load(
     read_weights(model, directory, mine, mesh, manifest["axes"])
     give_back_memory()
     return Frozen(model, plan)
-
-
-def give_back_memory() -> None:
-    """Returns what building and compiling have used to the system, which else keeps it (glibc)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _builder(

@@ -14,6 +14,7 @@ from jax._src import clusters, distributed, xla_bridge  # what has no public nam
 from jax._src.lib import _jax
 
 from disco_jax.errors import require
+from disco_jax.heap import share_one_heap
 from disco_jax.runtime import peers
 from disco_jax.runtime.peers import Facts, Peers
 from disco_jax.version import __version__
@@ -21,7 +22,6 @@ from disco_jax.version import __version__
 # Launchers that jax.distributed reads the coordinator and the ranks from, and how many processes
 # each of them says there are.
 LAUNCHERS = {"slurm": "SLURM_NTASKS", "ompi": "OMPI_COMM_WORLD_SIZE"}
-M_ARENA_MAX = -8  # from malloc.h
 KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
 
 
@@ -95,7 +95,7 @@ def connect(
         heartbeat_timeout_seconds=int(10 * timeout),  # the peers are faster, and say who
     )
     _talk_through(interface, coordinator)
-    _share_one_heap()
+    share_one_heap()
     joined = Peers(node_id, channels, timeout=timeout)
     atexit.register(_leave, joined)
     return joined
@@ -211,14 +211,6 @@ def _let_others_finish(thread: int) -> None:
     message of 0.1 ms then takes up to 3 ms.
     """
     os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _share_one_heap() -> None:
-    """Makes threads allocate from one heap (glibc): with a heap for each, every thread that has run
-    a layer keeps memory for its activations."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_ARENA_MAX, 1)
 
 
 def route_to(coordinator: str) -> str:

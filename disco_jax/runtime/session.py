@@ -20,9 +20,9 @@ from disco_jax.data.preprocess import Preprocess
 from disco_jax.data.sources import decode
 from disco_jax.errors import DiscoError, require
 from disco_jax.gather import everywhere
+from disco_jax.heap import give_back_memory
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan import Frozen, Program
-from disco_jax.plan.restore import give_back_memory
 from disco_jax.runtime.launch import connected
 from disco_jax.runtime.peers import Peers
 

@@ -1,0 +1,154 @@
+"""What each host of ``link_latency.py`` loads and runs: one program a process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import slow_link
+
+SIZE = 224
+ANSWER = "answer "
+# What the planner is told: milliseconds for an image on this link and these cores.
+PLANNED = {"ms": 38, "mbit": 100, "link_ms": 0.2, "gmacs": 72}
+WAYS: dict[str, dict[str, Any]] = {
+    "dense float32": {"density": 1.0},
+    "0.2 float32": {"density": 0.2},
+    "0.2 int8": {"density": 0.2, "wire_dtype": "int8"},
+    "planned": {"planned": PLANNED},
+}
+ALONE, ROWS, ONNX = "one host", "rows", "one host, ONNX Runtime"
+NOTHING = "nothing"
+BEST = "planned"
+
+
+def image() -> Any:
+    return np.random.default_rng(0).normal(size=(1, SIZE, SIZE, 3)).astype(np.float32)
+
+
+def prepare(directory: Path, nodes: int) -> None:
+    """Freezes ResNet-50 in every way, and saves what each host will load."""
+    from flax import nnx
+
+    import disco_jax as dj
+
+    def create(nodes: int) -> nnx.Module:
+        mesh = dj.NodeMesh(nodes, emulate=True)
+        return dj.models.create("resnet50", mesh=mesh, num_classes=1000, rngs=nnx.Rngs(0))
+
+    dj.freeze(create(1), image()).save(directory / ALONE)
+    for name, way in WAYS.items():
+        model, wires = create(nodes), way.get("wire_dtype", "float32")
+        if "planned" in way:
+            c = way["planned"]
+            link, dtypes = dj.cost.Link(mbit=c["mbit"], ms=c["link_ms"]), ("int4", "int8")
+            planned = dj.cost.plan_latency(
+                model, image(), c["ms"], link, gmacs=c["gmacs"], wire_dtypes=dtypes
+            )
+            print(planned, flush=True)
+            dj.sparsify.prune(model, 0.0, rules=planned.rules)
+            wires = planned.wire_rules
+        else:
+            dj.sparsify.prune(model, way["density"], "random")
+        frozen = dj.freeze(model, image(), wire_dtype=wires, message_bytes=100_000)
+        frozen.save(directory / name)
+        np.save(directory / f"{name}.npy", frozen(image()))  # what the hosts must find
+        print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
+
+
+def alone(directory: Path) -> Any:
+    import jax
+
+    import disco_jax as dj
+
+    return dj.load(directory / ALONE, dj.NodeMesh(1, devices=jax.local_devices()))
+
+
+def weights(directory: Path) -> dict[str, tuple[Any, Any]]:
+    """Kernels and biases of the same network, for the rivals."""
+    from disco_jax.trace import modules
+
+    found = {path: m for path, m in modules(alone(directory).model) if hasattr(m, "kernel")}
+    kernels = {path: np.asarray(m.kernel[...]) for path, m in found.items()}
+    return {
+        path: (kernel[0] if len(kernel) == 1 else kernel, np.asarray(found[path].bias[...]))
+        for path, kernel in kernels.items()
+    }
+
+
+def nothing(x: Any) -> Any:
+    """What a host does while the other works alone."""
+    import jax
+
+    return jax.jit(lambda x: x + 1)(x)
+
+
+class Host:
+    """One host with one program: runs what it is told on stdin, and answers."""
+
+    def __init__(self, directory: Path, nodes: int, way: str):
+        import jax
+        import onnx_resnet
+        import row_split
+
+        import disco_jax as dj
+
+        self.image, self.frozen, self.bytes = image(), None, 0
+        program: Callable = nothing
+        if way in WAYS:
+            program = self.frozen = dj.load(directory / way, dj.NodeMesh(nodes))
+            self.bytes = self.frozen.plan.traffic_bytes
+        elif way == ROWS:
+            program, self.bytes = row_split.program(weights(directory), dj.NodeMesh(nodes).jax_mesh)
+        elif way == ALONE and jax.process_index() == 0:
+            program = alone(directory)
+        elif way == ONNX and jax.process_index() == 0:
+            program = onnx_resnet.program(weights(directory), SIZE)
+        self.expected = directory / f"{way}.npy"
+        self.run = lambda images=1: jax.block_until_ready(program(self.image.repeat(images, 0)))
+        self.run()
+
+    def answer(self, question: dict[str, Any]) -> Any:
+        """Seconds of runs, or what was measured of links, computation or memory."""
+        import dataclasses
+
+        from disco_jax import runtime
+        from disco_jax.runtime.profile import compute_ms
+
+        match question["ask"]:
+            case "seconds":
+                images = question.get("images", 1)
+                return [self._seconds(images) for _ in range(question["iterations"])]
+            case "link":
+                return dataclasses.asdict(runtime.measure_links(self.frozen.mesh).default)
+            case "compute":
+                return compute_ms(self.frozen, self.image)
+            case "difference":
+                expected = np.load(self.expected)
+                mine = self.run().addressable_shards
+                furthest = max(np.abs(s.data - expected[s.index]).max() for s in mine)
+                return float(furthest / np.abs(expected).max())
+            case "memory":
+                status = Path("/proc/self/status").read_text()
+                return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+    def _seconds(self, images: int) -> float:
+        start = time.perf_counter()
+        self.run(images)
+        return time.perf_counter() - start
+
+
+def host(directory: Path, nodes: int, node: int, port: int, way: str) -> None:
+    """Answers what it is asked on stdin until that ends."""
+    from disco_jax import runtime
+
+    with runtime.connect(f"{slow_link.address(0)}:{port}", nodes, node):
+        runs = Host(directory, nodes, way)
+        print(ANSWER + json.dumps(runs.bytes), flush=True)
+        for line in sys.stdin:
+            print(ANSWER + json.dumps(runs.answer(json.loads(line))), flush=True)
