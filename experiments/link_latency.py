@@ -28,6 +28,7 @@ from typing import Any
 import slow_link
 from link_host import ALONE, ANSWER, BEST, NOTHING, ONNX, ROWS, WAYS, host, prepare
 
+Rows = dict[str, dict[str, float]]
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 
 
@@ -74,16 +75,22 @@ def sent(nodes: int) -> int:
     return sum(slow_link.bytes_sent(i) for i in range(nodes))
 
 
-def measure(every: dict[str, Hosts], rounds: int, each: int) -> dict[str, dict[str, float]]:
+def measure(every: dict[str, Hosts], rounds: int, each: int) -> tuple[Rows, dict[str, float]]:
+    """A row for every program, and the link; all take turns, for machines change their speed."""
     seconds: dict[str, list[float]] = {way: [] for way in every}
+    computing: dict[str, list[list[float]]] = {way: [] for way in every if way in WAYS}
     wire: dict[str, int] = dict.fromkeys(every, 0)
+    links = []
     for _ in range(rounds):
         for way, hosts in every.items():
             hosts.seconds(1)  # what the one before left behind
             before = sent(len(hosts.running))
             seconds[way] += hosts.seconds(each)
             wire[way] += sent(len(hosts.running)) - before
-    return {
+            if way in WAYS:
+                computing[way].append(hosts.ask("compute", iterations=each))
+        links.append(every[BEST].ask("link")[0])
+    rows: Rows = {
         way: {
             "ms": round(1e3 * statistics.median(times), 2),
             "plan_bytes": every[way].bytes,
@@ -91,9 +98,18 @@ def measure(every: dict[str, Hosts], rounds: int, each: int) -> dict[str, dict[s
         }
         for way, times in seconds.items()
     }
+    for way, found in computing.items():
+        rows[way]["compute_ms"] = slowest(found)
+    return rows, {name: statistics.median(link[name] for link in links) for name in links[0]}
 
 
-def predict(found: dict[str, Any], plans: Path, link: dict[str, float]) -> None:
+def slowest(found: list[list[list[float]]]) -> float:
+    """Median ms of the slowest host; given are seconds by round, host and iteration."""
+    hosts = (itertools.chain.from_iterable(rounds) for rounds in zip(*found, strict=True))
+    return round(1e3 * max(map(statistics.median, hosts)), 2)
+
+
+def predict(found: Rows, plans: Path, link: dict[str, float]) -> None:
     """Adds to every way of ours the predicted latency, and the limit without overlap."""
     from disco_jax.cost import Link
     from disco_jax.cost import predict as predicted
@@ -117,11 +133,9 @@ def latencies(args: argparse.Namespace, ways: list[str]) -> None:
     print("relative to one process that plays all nodes:", differences, flush=True)
     for rate in args.rates:
         slow_link.limit(args.nodes, rate)
-        found = measure(every, rounds=4, each=max(1, args.iterations // 4))
-        link = every[BEST].ask("link")[0]
-        for way in WAYS:  # now: machines are not always equally fast
-            ms = round(every[way].ask("compute")[0], 2)
-            found[way] |= {"compute_ms": ms, "difference": differences[way]}
+        found, link = measure(every, rounds=4, each=max(1, args.iterations // 4))
+        for way in WAYS:
+            found[way]["difference"] = differences[way]
         predict(found, args.plans, link)
         write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
     for hosts in every.values():
@@ -149,24 +163,36 @@ def streams(args: argparse.Namespace, rate: float) -> None:
     """
     slow_link.limit(args.nodes, rate)
     every = [Hosts(args.plans, args.nodes, BEST) for _ in range(2)]
-    computing = every[0].ask("compute")[0] / 1e3
-    busy = max(every[0].bytes / args.nodes / rate / 125_000, computing)
-    found = {}
-    for programs, images in itertools.product((1, 2), (1, 2, 4, 8)):
-        running, batches = every[:programs], args.iterations * 4 // images
-        for hosts in running:
-            hosts.ask("seconds", iterations=2, images=images)
-        start = time.perf_counter()
-        for hosts in running:
-            hosts.tell("seconds", iterations=batches, images=images)
-        for hosts in running:
-            hosts.answers()
-        seconds = time.perf_counter() - start
-        found[f"{programs} x {images}"] = round(programs * batches * images / seconds, 3)
+    ways = list(itertools.product((1, 2), (1, 2, 4, 8)))
+    computing, seconds = [], dict.fromkeys(ways, 0.0)
+    for hosts, images in itertools.product(every, (1, 2, 4, 8)):
+        hosts.ask("seconds", iterations=2, images=images)
+    for _ in range(4):
+        computing.append(every[0].ask("compute", iterations=args.iterations))
+        for programs, images in ways:
+            seconds[programs, images] += stream(every[:programs], args.iterations // images, images)
     for hosts in every:
         hosts.close()
+    sent = every[0].bytes / args.nodes / rate / 125_000
+    busy = max(sent, slowest(computing) / 1e3)
+    found = {
+        f"{programs} x {images}": round(
+            4 * programs * (args.iterations // images) * images / seconds[programs, images], 3
+        )
+        for programs, images in ways
+    }
     row = {"what": "streams", "mbit": rate, "images_per_second": found, "limit": round(1 / busy, 3)}
     write(args, row)
+
+
+def stream(running: list[Hosts], batches: int, images: int) -> float:
+    """Seconds in which each program does so many batches of so many images."""
+    start = time.perf_counter()
+    for hosts in running:
+        hosts.tell("seconds", iterations=batches, images=images)
+    for hosts in running:
+        hosts.answers()
+    return time.perf_counter() - start
 
 
 def write(args: argparse.Namespace, row: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Predicted latency: hand-computed cases of the α-β model, and the profile that feeds it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -61,6 +63,15 @@ def test_a_bucket_swallows_what_it_holds_and_fills_while_nodes_compute():
     assert predict(ends, link, compute_ms=2).link_ms == pytest.approx(0)
 
 
+def test_a_burst_travels_at_the_peak_rate_and_the_rest_at_the_rate():
+    link = Link(mbit=8, ms=0, burst=400, peak_mbit=80)
+    one = plan(exchange("a", (100,), 10), layers=[layer("x", "a", 100)])
+    # 400 bytes at 10,000 a ms, 600 at 1000 a ms; the bucket is full again after 0.4 ms.
+    assert predict(one, link, compute_ms=0.4).link_ms == pytest.approx(0.04 + 0.6)
+    slower = dataclasses.replace(link, peak_mbit=4)  # than the rate: there is no burst
+    assert predict(one, slower, compute_ms=9).link_ms == pytest.approx(1)
+
+
 @pytest.mark.parametrize("given", [{}, {"compute_ms": 1.0, "gmacs": 1.0}])
 def test_one_measure_of_computation_is_needed(given):
     with pytest.raises(dj.DiscoError, match="exactly one of `compute_ms`"):
@@ -68,7 +79,7 @@ def test_one_measure_of_computation_is_needed(given):
 
 
 def test_a_link_without_a_rate_is_refused():
-    with pytest.raises(dj.DiscoError, match="must have a positive rate"):
+    with pytest.raises(dj.DiscoError, match="must have positive rates"):
         Link(mbit=0)
 
 

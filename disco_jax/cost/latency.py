@@ -140,9 +140,11 @@ class _Buckets:
         """Seconds until the message is through."""
         link = self.links[pair]
         before = self.spent.get(pair, 0.0)
+        at_once = min(size, max(0.0, link.burst - before))
         queued = max(0.0, before + size - link.burst)
         self.spent[pair] = before + size
-        return link.ms / 1e3 + queued / link.bytes_per_second
+        seconds = at_once / link.peak_bytes_per_second + queued / link.bytes_per_second
+        return link.ms / 1e3 + seconds
 
 
 def _seconds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,10 @@ class Link:
       ms: α, the time that an empty message takes, in ms.
       burst: bytes that a link which has been idle takes at once, before its rate counts. 0 for a
         wire; more where the rate is imposed by a token bucket (``tc … tbf``, many providers).
+      peak_mbit: the rate of a burst, in Mbit/s: what the hosts themselves can send and receive.
 
     Raises:
-      DiscoError: if the rate is not positive, or another number is negative.
+      DiscoError: if a rate is not positive, or another number is negative.
 
     >>> Link(mbit=100, ms=0.5).seconds(6_250)
     0.001
@@ -29,18 +31,24 @@ class Link:
     mbit: float
     ms: float = 0.2
     burst: float = 0.0
+    peak_mbit: float = math.inf
 
     def __post_init__(self) -> None:
         require(
-            self.mbit > 0 and self.ms >= 0 and self.burst >= 0,
-            f"`link` (={self!r}) must have a positive rate (mbit), and no negative latency (ms) or "
-            "burst (bytes); correct it",
+            min(self.mbit, self.peak_mbit) > 0 and self.ms >= 0 and self.burst >= 0,
+            f"`link` (={self!r}) must have positive rates (mbit, peak_mbit), and no negative "
+            "latency (ms) or burst (bytes); correct it",
         )
 
     @property
     def bytes_per_second(self) -> float:
         """β in bytes/s."""
         return self.mbit * 125_000
+
+    @property
+    def peak_bytes_per_second(self) -> float:
+        """The rate of a burst in bytes/s, which is never below β."""
+        return max(self.mbit, self.peak_mbit) * 125_000
 
     def seconds(self, size: float) -> float:
         """The time that a message of ``size`` bytes takes on a link that is busy all the time."""
