@@ -16,10 +16,23 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Group = tuple[int, int, int, str]  # width, nodes, times less, method
+SEEDS = 3  # fewer are no claim
+DASHED = {
+    "dense": {"color": "black", "linestyle": "--", "label": "dense split"},
+    "none": {"color": "grey", "linestyle": "--", "label": "nodes never talk"},
+}
+NAMES = {
+    "uniform l2": "magnitude (plain DISCO)",
+    "all": "assignment, cost, distillation",
+    "int8": "magnitude, int8",
+    "best": "assignment, cost, distillation, int8",
+    "planned": "planned, int4",
+}
 WITHOUT_BUDGET = ("dense", "none")
 
 
@@ -63,47 +76,54 @@ def show(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
-    """Accuracy against bytes: a panel for each width and number of nodes."""
-    groups = grouped(rows)
-    panels = sorted({(width, nodes) for width, nodes, _, _ in groups})
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 4.2 * len(panels), 3.8), squeeze=False, sharey="row"
-    )
-    for axis, (width, nodes) in zip(axes[0], panels, strict=True):
-        mine = {k: v for k, v in groups.items() if k[:2] == (width, nodes)}
-        for i, method in enumerate(shown):
-            points = sorted(
-                (summary(v)[2] / 1e3, *summary(v)[:2]) for k, v in mine.items() if k[3] == method
-            )
-            if not points:
-                continue
-            kilobytes, mean, spread = map(np.array, zip(*points, strict=True))
-            spread = np.nan_to_num(spread)
-            if method in WITHOUT_BUDGET:
-                colour = "black" if method == "dense" else "grey"
-                axis.axhline(mean[0], color=colour, linestyle="--", linewidth=1)
-                axis.annotate(method, (1, mean[0]), xycoords=("axes fraction", "data"), fontsize=8)
-            else:
-                axis.errorbar(
-                    kilobytes, mean, spread, marker="o", capsize=3, color=f"C{i}", label=method
-                )
-        axis.set_xscale("log")
-        axis.set_xlabel("traffic, kB per image")
+    """Accuracy against bytes, where there are enough seeds: a panel for each width and nodes."""
+    groups = {k: v for k, v in grouped(rows).items() if len(v) >= SEEDS and k[-1] in shown}
+    panels = sorted({group[:2] for group in groups})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True)
+    axes = np.atleast_1d(axes)
+    for axis, (width, nodes) in zip(axes, panels, strict=True):
+        mine = {k[2:]: v for k, v in groups.items() if k[:2] == (width, nodes)}
+        draw_panel(axis, mine, shown)
+        right = np.mean([v for k, v in dense(rows).items() if k[0] == width])
+        axis.axhline(right, **DASHED["dense"])
+        most = max(found[0]["dense_traffic"] for found in mine.values())
+        axis.plot(most / 1e3, right, "*", color="black", markersize=10)
         axis.set_title(f"ResNet-20, width {width}, {nodes} nodes", fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
+    axes[0].set_ylabel("test accuracy, %")
+    lines = {
+        label: line
+        for a in axes
+        for line, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(lines.values(), lines, loc="lower center", ncols=4, fontsize=9)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=150)
+
+
+def draw_panel(axis: Any, groups: dict[tuple[int, str], list[Row]], shown: list[str]) -> None:
+    """One line for each method, and its points for each budget."""
+    for i, method in enumerate(shown):
+        found = [summary(v) for (_, name), v in groups.items() if name == method]
+        if not found:
+            continue
+        mean, spread, traffic = np.array(sorted(found, key=lambda point: point[2])).T
+        if method == "none":
+            axis.axhline(mean[0], **DASHED[method])
+        else:
+            style = {"marker": "o", "capsize": 3, "color": f"C{i}"}
+            axis.errorbar(traffic / 1e3, mean, spread, label=NAMES.get(method, method), **style)
+    axis.set(xscale="log", xlabel="traffic, kB per image")
+    axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=RESULTS / "accuracy_vs_traffic.jsonl")
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--methods", nargs="+", default=["dense", "none", "random", "uniform l2", "all", "best"]
-    )
+    parser.add_argument("--methods", nargs="+", default=["none", "random", *NAMES])
     args = parser.parse_args()
     rows = read(args.rows)
     show(rows)

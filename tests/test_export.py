@@ -1,4 +1,4 @@
-"""An exported program runs as the README says, with jax and numpy alone, and as planned."""
+"""An exported program runs as docs/hosts.md says, with jax and numpy alone, and as planned."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from flax import nnx
 import disco_jax as dj
 from disco_jax.plan import collectives
 
-README = Path(__file__).parents[1] / "README.md"
+HOSTS = Path(__file__).parents[1] / "docs" / "hosts.md"
 HOST = """
 import sys, numpy as np, jax
 images, results, *job = sys.argv[1:]
@@ -44,8 +44,8 @@ def frozen(wire_dtype=None, nodes=2, data=1, emulate=False, **kwargs):
 
 
 def start(directory, results, *job, devices):
-    """A process without disco_jax that does what the README says."""
-    (lines,) = re.findall(r"```python\n([^`]*jax\.export[^`]*)```", README.read_text())
+    """A process without disco_jax that does what docs/hosts.md says."""
+    (lines,) = re.findall(r"```python\n([^`]*jax\.export[^`]*)```", HOSTS.read_text())
     code = HOST.format(readme=lines.replace('Path("exported")', "Path('.')"))
     np.save(directory.parent / "images.npy", images())
     return subprocess.Popen(

@@ -6,7 +6,7 @@ plan.json       what crosses the links
 node-0.npz      the weights of node 0, and so on
 
 A process reads the weights of its own nodes only. The batch is that of the example images: jax
-0.10.2 crashes on a program of several devices that leaves it open. The README shows what runs it.
+0.10.2 crashes on a program of several devices that leaves it open. docs/hosts.md has what runs it.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Frozen:
     def export(self, directory: Path | str, images: Images) -> None:
         """Writes the program for images of this shape, which runs with jax alone.
 
-        See ``disco_jax.plan.export`` for what is written, and the README for what runs it.
+        See ``disco_jax.plan.export`` for what is written, and docs/hosts.md for what runs it.
 
         Args:
           directory: a new one; a node needs of it all but the other nodes' weights.
