@@ -79,6 +79,8 @@ def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
     """Accuracy against bytes, where there are enough seeds: a panel for each width and nodes."""
     groups = {k: v for k, v in grouped(rows).items() if len(v) >= SEEDS and k[-1] in shown}
     panels = sorted({group[:2] for group in groups})
+    if not panels:
+        raise SystemExit(f"no method has {SEEDS} seeds yet: there is nothing to draw")
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True)
     axes = np.atleast_1d(axes)
     for axis, (width, nodes) in zip(axes, panels, strict=True):

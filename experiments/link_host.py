@@ -123,11 +123,11 @@ class Host:
         match question["ask"]:
             case "seconds":
                 batch = self.image.repeat(question.get("images", 1), 0)
-                return self._seconds(self.program, batch, question["iterations"])
+                return seconds_of(self.program, batch, question["iterations"])
             case "link":
                 return dataclasses.asdict(runtime.measure_links(self.frozen.mesh).default)
             case "compute":
-                return self._seconds(self.share, self.image, question["iterations"])
+                return seconds_of(self.share, self.image, question["iterations"])
             case "difference":
                 expected = np.load(self.expected)
                 mine = self.program(self.image).addressable_shards
@@ -148,15 +148,16 @@ class Host:
         jax.block_until_ready(program(self.image))
         return program
 
-    def _seconds(self, program: Callable, images: Any, iterations: int) -> list[float]:
-        import jax
 
-        seconds = []
-        for _ in range(iterations):
-            start = time.perf_counter()
-            jax.block_until_ready(program(images))
-            seconds.append(time.perf_counter() - start)
-        return seconds
+def seconds_of(program: Callable, images: Any, iterations: int) -> list[float]:
+    import jax
+
+    seconds = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        jax.block_until_ready(program(images))
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def host(directory: Path, nodes: int, node: int, port: int, way: str) -> None:

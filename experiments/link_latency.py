@@ -109,8 +109,11 @@ def slowest(found: list[list[list[float]]]) -> float:
     return round(1e3 * max(map(statistics.median, hosts)), 2)
 
 
-def predict(found: Rows, plans: Path, link: dict[str, float]) -> None:
-    """Adds to every way of ours the predicted latency, and the limit without overlap."""
+def predict(found: Rows, plans: Path, link: dict[str, float], mbit: float) -> None:
+    """Adds to every way of ours the predicted latency, and the limit without overlap.
+
+    The limit is bytes over the rate that was set, α for each message, and the computation.
+    """
     from disco_jax.cost import Link
     from disco_jax.cost import predict as predicted
     from disco_jax.plan import CommunicationPlan
@@ -120,10 +123,8 @@ def predict(found: Rows, plans: Path, link: dict[str, float]) -> None:
         plan = CommunicationPlan.from_json((plans / name / "plan.json").read_text())
         row = found[name]
         row["predicted_ms"] = round(predicted(plan, measured, compute_ms=row["compute_ms"]).ms, 2)
-        per_link = plan.traffic_bytes / (plan.nodes * (plan.nodes - 1))
-        rounds = plan.collectives
-        limit = 1e3 * per_link * (plan.nodes - 1) / measured.bytes_per_second
-        row["limit_ms"] = round(limit + rounds * measured.ms + row["compute_ms"], 2)
+        bytes_ms = plan.traffic_bytes / plan.nodes / mbit / 125
+        row["limit_ms"] = round(bytes_ms + plan.collectives * measured.ms + row["compute_ms"], 2)
 
 
 def latencies(args: argparse.Namespace, ways: list[str]) -> None:
@@ -136,7 +137,7 @@ def latencies(args: argparse.Namespace, ways: list[str]) -> None:
         found, link = measure(every, rounds=4, each=max(1, args.iterations // 4))
         for way in WAYS:
             found[way]["difference"] = differences[way]
-        predict(found, args.plans, link)
+        predict(found, args.plans, link, rate)
         write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
     for hosts in every.values():
         hosts.close()
@@ -164,20 +165,21 @@ def streams(args: argparse.Namespace, rate: float) -> None:
     slow_link.limit(args.nodes, rate)
     every = [Hosts(args.plans, args.nodes, BEST) for _ in range(2)]
     ways = list(itertools.product((1, 2), (1, 2, 4, 8)))
+    batches = {images: max(1, args.iterations // images) for _, images in ways}
     computing, seconds = [], dict.fromkeys(ways, 0.0)
     for hosts, images in itertools.product(every, (1, 2, 4, 8)):
         hosts.ask("seconds", iterations=2, images=images)
     for _ in range(4):
         computing.append(every[0].ask("compute", iterations=args.iterations))
         for programs, images in ways:
-            seconds[programs, images] += stream(every[:programs], args.iterations // images, images)
+            seconds[programs, images] += stream(every[:programs], batches[images], images)
     for hosts in every:
         hosts.close()
     sent = every[0].bytes / args.nodes / rate / 125_000
     busy = max(sent, slowest(computing) / 1e3)
     found = {
         f"{programs} x {images}": round(
-            4 * programs * (args.iterations // images) * images / seconds[programs, images], 3
+            4 * programs * batches[images] * images / seconds[programs, images], 3
         )
         for programs, images in ways
     }

@@ -63,12 +63,14 @@ def test_a_bucket_swallows_what_it_holds_and_fills_while_nodes_compute():
     assert predict(ends, link, compute_ms=2).link_ms == pytest.approx(0)
 
 
-def test_a_burst_travels_at_the_peak_rate_and_the_rest_at_the_rate():
+def test_a_burst_travels_at_the_peak_rate_and_the_rest_waits_for_tokens():
     link = Link(mbit=8, ms=0, burst=400, peak_mbit=80)
     one = plan(exchange("a", (100,), 10), layers=[layer("x", "a", 100)])
-    # 400 bytes at 10,000 a ms, 600 at 1000 a ms; the bucket is full again after 0.4 ms.
-    assert predict(one, link, compute_ms=0.4).link_ms == pytest.approx(0.04 + 0.6)
-    slower = dataclasses.replace(link, peak_mbit=4)  # than the rate: there is no burst
+    # 600 of 1000 bytes wait for tokens, 1000 a ms; the bucket is full again after 0.4 ms.
+    assert predict(one, link, compute_ms=0.4).link_ms == pytest.approx(0.6)
+    large = dataclasses.replace(link, burst=1000)  # all at once, 10,000 a ms
+    assert predict(one, large, compute_ms=1).link_ms == pytest.approx(0.1)
+    slower = dataclasses.replace(large, peak_mbit=4)  # than the rate: there is no burst
     assert predict(one, slower, compute_ms=9).link_ms == pytest.approx(1)
 
 

@@ -69,8 +69,9 @@ def predict(
     """The latency of a plan on nodes that compute and communicate in turn, as CPUs do.
 
     Every message of a hop starts when the slowest node is there, and the hop ends with its slowest
-    message: ``Σ_layers macs / rate + Σ_hops max_links(α + bytes / β)``. Images follow each other
-    without a pause, so that a burst is free only as far as the link has recovered from the last.
+    message: ``Σ_layers macs / rate + Σ_hops max_links(α + bytes / β)``, where only bytes beyond
+    what is left of a link's burst wait for β. Images follow each other without a pause, so that a
+    burst is there only as far as the link has recovered from the last message.
 
     Args:
       plan: of ``dj.freeze``.
@@ -126,7 +127,7 @@ def _steps(plan: CommunicationPlan) -> Iterable[ExchangePlan | int]:
 
 
 class _Buckets:
-    """How much of its burst every link has spent."""
+    """The token bucket of every link: how much of its burst is spent."""
 
     def __init__(self, links: Links):
         self.links = links
@@ -140,10 +141,9 @@ class _Buckets:
         """Seconds until the message is through."""
         link = self.links[pair]
         before = self.spent.get(pair, 0.0)
-        at_once = min(size, max(0.0, link.burst - before))
         queued = max(0.0, before + size - link.burst)
         self.spent[pair] = before + size
-        seconds = at_once / link.peak_bytes_per_second + queued / link.bytes_per_second
+        seconds = max(size / link.peak_bytes_per_second, queued / link.bytes_per_second)
         return link.ms / 1e3 + seconds
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,83 +19,89 @@ from disco_jax.cost import Link, Links
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
 
-SMALL, MEDIUM, LARGE = 64, 20_000, 100_000  # bytes of the messages; see plan.freeze
+SMALL, MEDIUM, LARGE = 64, 20_000, 100_000  # bytes; the last is the usual message_bytes
 WORK = 512  # size of the matrices that a node multiplies between messages
 
 Run = Callable[[], Any]
 
 
 def measure_links(mesh: NodeMesh, repeats: int = 15) -> Links:
-    """α and β of every link, where all nodes send at once, as in a hop of an exchange.
+    """α, β and burst of the links, where all nodes send at once, as in a hop of an exchange.
 
-    A message counts as what it adds to a computation, as in a model: between nodes that do nothing
-    else threads and caches have gone to sleep. α is what a small one takes. Large ones that follow
-    each other without a pause find the rate; the burst and its peak rate are found by a large and a
-    medium one after so much work that a token bucket is full again.
+    Nodes wait for each other at every message, so that all links of a hop get what its slowest one
+    takes. A message counts as what it adds to a computation, as in a model: between nodes that do
+    nothing else threads and caches have gone to sleep. α is what a small one takes; large ones
+    without a pause between them find β; a medium and a large one, after so much work that a token
+    bucket is full again, find the rate and the size of the burst, which is at most 100 kB.
 
     Raises:
-      DiscoError: if the nodes are emulated, or there is only one.
+      DiscoError: if the nodes are emulated, or there is only one, or several copies of them.
     """
     check_links(mesh)
-    links = {}
+    links: dict[tuple[int, int], Link] = {}
     for offset in range(1, mesh.nodes):
-        for target, link in enumerate(_measure_hop(mesh, offset, repeats)):
-            links[(target - offset) % mesh.nodes, target] = link
+        link = _measure_hop(mesh, offset, repeats)
+        links |= {(source, (source + offset) % mesh.nodes): link for source in range(mesh.nodes)}
     return Links(links[0, 1], links)
 
 
 def check_links(mesh: NodeMesh) -> None:
     """Refuses nodes without links between them, with a DiscoError."""
     require(
-        mesh.distributed,
-        f"`mesh` (={mesh}) has no links; take at least two nodes with a device for each",
+        mesh.distributed and mesh.data == 1,
+        f"`mesh` (={mesh}) has no links to measure; take data=1 and at least two nodes with a "
+        "device for each",
     )
 
 
-def _measure_hop(mesh: NodeMesh, offset: int, repeats: int) -> list[Link]:
-    """What each node receives from the one that is ``offset`` before it."""
-    program = partial(_rounds, mesh, offset)
+def _measure_hop(mesh: NodeMesh, offset: int, repeats: int) -> Link:
+    program = cache(partial(_rounds, mesh, offset))
 
-    def longer(first: Run, second: Run, repeats: int) -> Float[np.ndarray, "n"]:
-        return of_nodes(_median_difference(first, second, repeats), mesh)
+    def busy(messages: int, repeats: int) -> float:
+        """What a large message adds to others on a link that never rests."""
+        more, few = program(LARGE, messages + 2, 0), program(LARGE, 2, 0)
+        return max(1e-9, _slower(more, few, repeats, mesh) / messages)
 
-    def added(size: int, messages: int, work: int) -> Float[np.ndarray, "n"]:
-        """What a message adds, at each node, to the work before it."""
-        sending, working = (program(s, messages, work) for s in (size, 0))
-        return longer(sending, working, repeats) / messages
+    def rested(size: int) -> float:
+        """What a message takes more than a small one, with ``work`` before each."""
+        sending, small = (program(s, messages, work) for s in (size, SMALL))
+        return _slower(sending, small, repeats, mesh) / messages
 
-    def busy(messages: int, repeats: int) -> Float[np.ndarray, "n"]:
-        """What a message adds to others, on a link that never rests."""
-        more, few = (program(LARGE, m, 0) for m in (messages + 2, 2))
-        return np.maximum(1e-9, longer(more, few, repeats) / messages)
-
-    latency = np.maximum(0.0, added(SMALL, 20, 1))
-    enough = int(np.clip(0.05 / busy(8, 3).min(), 8, 64))  # for 50 ms
-    rate = LARGE / np.maximum(1e-9, busy(enough, repeats) - latency)
-    # Before each message as much work as a token bucket takes to be full again.
-    full, product = LARGE / rate.min(), _seconds_of_work(mesh, offset)
-    messages, work = int(np.clip(0.1 / full, 4, 20)), math.ceil(full / product)
-    medium, large = (
-        np.maximum(1e-9, added(size, messages, work) - latency) for size in (MEDIUM, LARGE)
-    )
-    peak = np.maximum.reduce([rate, MEDIUM / medium, LARGE / large])
-    # large = burst / peak + (LARGE - burst) / rate
-    burst = (LARGE / rate - large) / np.maximum(1e-15, 1 / rate - 1 / peak)
-    found = 8e-6 * rate, 1e3 * latency, np.clip(burst, 0, LARGE), 8e-6 * peak
-    return [Link(*map(float, link)) for link in zip(*found, strict=True)]
+    latency = _slower(program(SMALL, 20, 1), program(0, 20, 1), repeats, mesh) / 20
+    product = _slower(program(0, 1, 21), program(0, 1, 1), 5, mesh) / 20
+    about = busy(8, 3)
+    enough = int(np.clip(0.05 / about, 8, 64))  # messages for 50 ms
+    repeats = int(np.clip(10 / enough / about, 3, repeats))  # and not more than 10 s
+    messages, work = int(np.clip(0.1 / about, 4, 20)), math.ceil(about / max(1e-5, product))
+    return _link(latency, busy(enough, repeats), rested(MEDIUM), rested(LARGE))
 
 
-def _seconds_of_work(mesh: NodeMesh, offset: int) -> float:
-    """What one piece of the work between messages takes, at the fastest node."""
-    one, many = (_rounds(mesh, offset, 0, 1, work) for work in (1, 21))
-    return float(of_nodes(_median_difference(many, one, 5) / 20, mesh).min())
+def _link(latency: float, busy: float, medium: float, large: float) -> Link:
+    """A link from the seconds that messages take: see :func:`measure_links`.
+
+    Where there is a bucket it fills while nodes prepare the next message, so that β is that of all
+    the time between messages. A burst of what passes in two latencies cannot be told from none.
+
+    >>> _link(latency=1e-4, busy=8e-3, medium=2e-4, large=4e-3)
+    Link(mbit=100.0, ms=0.1, burst=50000.0, peak_mbit=800.0)
+    >>> _link(latency=1e-3, busy=9e-3, medium=1.6e-3, large=8e-3)
+    Link(mbit=100.0, ms=1.0, burst=0.0, peak_mbit=inf)
+    """
+    latency = max(0.0, latency)
+    rate = LARGE / busy
+    burst = min(LARGE - large * rate, LARGE)
+    if burst <= 2 * latency * rate:
+        rate = LARGE / max(1e-9, busy - latency)
+        return Link(mbit=8e-6 * rate, ms=1e3 * latency)
+    peak = max(rate, MEDIUM / max(1e-6, medium))
+    return Link(8e-6 * rate, 1e3 * latency, burst, 8e-6 * peak)
 
 
 def _rounds(mesh: NodeMesh, offset: int, size: int, messages: int, work: int) -> Run:
     """A program that sends so many bytes from every node, as often as there are messages.
 
     A first message makes the nodes start together. Before every other each multiplies ``work``
-    matrices.
+    matrices, by one that averages, so that numbers stay what they are.
     """
     hop = [(s, (s + offset) % mesh.nodes) for s in range(mesh.nodes)]
 
@@ -103,10 +109,11 @@ def _rounds(mesh: NodeMesh, offset: int, size: int, messages: int, work: int) ->
         return x.at[:, :size].set(jax.lax.ppermute(x[:, :size] + 1, NODE, hop))
 
     def on_node(x: jax.Array) -> jax.Array:
-        product, x = jnp.full((WORK, WORK), 1 / WORK), send(x, SMALL)
+        x = send(x, SMALL)
+        product = average = jnp.full((WORK, WORK), 1 / WORK) + 1e-9 * x[0, 0]  # not a constant
         for _ in range(messages):
             product = product + 1e-9 * x[0, 0].astype(jnp.float32)
-            product = jax.lax.fori_loop(0, work, lambda _, p: p @ p, product)
+            product = jax.lax.fori_loop(0, work, lambda _, p: p @ average, product)
             x = x + product[0, 0].astype(x.dtype)
             x = send(x, size) if size else x
         return x
@@ -124,9 +131,10 @@ def _rounds(mesh: NodeMesh, offset: int, size: int, messages: int, work: int) ->
     return lambda: run(x)
 
 
-def _median_difference(first: Run, second: Callable[[], Any], repeats: int) -> float:
-    """How much longer the first takes, in seconds; they take turns."""
-    return statistics.median(median(first, 1) - median(second, 1) for _ in range(repeats))
+def _slower(first: Run, second: Run, repeats: int, mesh: NodeMesh) -> float:
+    """How many seconds longer the first takes, at the node where that is most; they take turns."""
+    mine = statistics.median(median(first, 1) - median(second, 1) for _ in range(repeats))
+    return float(of_nodes(mine, mesh).max())
 
 
 def median(run: Run, iterations: int) -> float:

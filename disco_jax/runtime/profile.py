@@ -27,7 +27,7 @@ class Profile:
     """What was measured of nodes and links, and of a plan on them.
 
     Attributes:
-      links: α and β between the nodes.
+      links: latency, rate and burst between the nodes.
       compute_ms: what the slowest node computes.
       predicted: latency from plan, links and computation.
       measured_ms: latency of the packed model.
@@ -41,7 +41,7 @@ class Profile:
     exchanges_ms: dict[str, float]
 
     def __str__(self) -> str:
-        links = Table("link", "latency (ms)", "rate (Mbit/s)", "burst (bytes)", "at (Mbit/s)")
+        links = Table("link", "latency (ms)", "rate (Mbit/s)", "burst (bytes)", "burst rate")
         for (a, b), link in sorted(self.links.pairs.items()):
             numbers = f"{link.ms:.3f}", f"{link.mbit:.1f}", f"{link.burst:,.0f}"
             links.add_row(f"{a} > {b}", *numbers, f"{link.peak_mbit:.1f}")
