@@ -175,8 +175,8 @@ def streams(args: argparse.Namespace, rate: float) -> None:
             seconds[programs, images] += stream(every[:programs], batches[images], images)
     for hosts in every:
         hosts.close()
-    sent = every[0].bytes / args.nodes / rate / 125_000
-    busy = max(sent, slowest(computing) / 1e3)
+    sending = every[0].bytes / args.nodes / rate / 125_000
+    busy = max(sending, slowest(computing) / 1e3)
     found = {
         f"{programs} x {images}": round(
             4 * programs * batches[images] * images / seconds[programs, images], 3
