@@ -35,16 +35,18 @@ class Reader(nnx.Module):
       features: number of channels of the input, before padding.
       mesh: the nodes.
       pad: append dead channels where ``features`` does not divide by the nodes.
+      unit: channels that stay together on a node, such as an attention head.
 
     Attributes:
       channels: number of channels of the input, dead ones included.
       name: the path within a model, once ``trace.name_exchanges`` has given one.
     """
 
-    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
+    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
         self.features = features
         self.mesh = mesh
-        self.channels = padded(features, mesh.nodes, pad=pad)
+        self.unit = unit
+        self.channels = padded(features, mesh.nodes, pad=pad, unit=unit)
         self.name: str | None = None
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
@@ -96,8 +98,8 @@ class Exchange(Reader):
       scale: ``float32[2, channel]`` where the wire dtype needs one.
     """
 
-    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False):
-        super().__init__(features, mesh=mesh, pad=pad)
+    def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
+        super().__init__(features, mesh=mesh, pad=pad, unit=unit)
         self.mask = Mask(mesh.put(self.full_mask()))
         self.gate: nnx.Module | None = nnx.data(None)
         self.dense_gradient = False

@@ -87,7 +87,7 @@ class PackedExchange(Reader):
         wire_dtype: str,
         scale: Float[np.ndarray, "2 c"] | None = None,
     ):
-        super().__init__(like.features, mesh=like.mesh, pad=True)
+        super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
         self.name = like.name
         self.hops = hops
         self.wire_dtype = wire.check_wire_dtype(wire_dtype)

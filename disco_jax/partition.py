@@ -14,21 +14,30 @@ from disco_jax.errors import DiscoError, require
 from disco_jax.mesh import DATA, NODE, NodeMesh
 
 
-def padded(features: int, nodes: int, *, pad: bool, name: str = "features") -> int:
+def padded(features: int, nodes: int, *, pad: bool, unit: int = 1, name: str = "features") -> int:
     """The number of channels after dead ones are appended so that the nodes share them equally.
 
-    Raises:
-      DiscoError: if ``features`` does not divide by ``nodes`` and ``pad`` is False.
+    Channels of one ``unit``, such as an attention head, stay together on a node.
 
-    >>> padded(63, 2, pad=True)
-    64
+    Raises:
+      DiscoError: if ``features`` does not divide by ``unit``, or by ``nodes`` times ``unit`` while
+        ``pad`` is False.
+
+    >>> padded(63, 2, pad=True), padded(3 * 64, 2, pad=True, unit=64)
+    (64, 256)
     """
     require(features >= 1, f"`{name}` (={features}) must be at least 1")
-    missing = -features % nodes
+    require(
+        features % unit == 0,
+        f"`{name}` (={features}) must be divisible by `unit` (={unit}), the number of channels "
+        "that stay together; choose a multiple",
+    )
+    missing = -features % (nodes * unit)
     if missing and not pad:
         dead = f"{missing} dead channel" + "s" * (missing > 1)
+        times = f" times `unit` (={unit})" if unit > 1 else ""
         raise DiscoError(
-            f"`{name}` (={features}) must be divisible by `nodes` (={nodes}); "
+            f"`{name}` (={features}) must be divisible by `nodes` (={nodes}){times}; "
             f"pass pad=True to add {dead}"
         )
     return features + missing

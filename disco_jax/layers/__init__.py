@@ -1,7 +1,9 @@
 """Layers whose channels are shared by the nodes, with signatures as in ``flax.nnx``."""
 
+from disco_jax.layers.attention import MultiHeadAttention
 from disco_jax.layers.conv import Conv
 from disco_jax.layers.dense import Dense
+from disco_jax.layers.embed import LayerScale, LearnedTokens, PositionEmbedding, StochasticDepth
 from disco_jax.layers.local import (
     avg_pool,
     concat,
@@ -19,6 +21,11 @@ __all__ = [
     "Dense",
     "GroupNorm",
     "LayerNorm",
+    "LayerScale",
+    "LearnedTokens",
+    "MultiHeadAttention",
+    "PositionEmbedding",
+    "StochasticDepth",
     "avg_pool",
     "concat",
     "flatten",

@@ -27,6 +27,7 @@ class Dense(nnx.Linear):
       mesh: the nodes.
       exchange: a shared exchange to read instead of one of the layer's own.
       pad: append dead features where they do not divide by the nodes.
+      unit: output features that stay together on a node, such as an attention head.
 
     Raises:
       DiscoError: if features do not divide by the nodes.
@@ -40,12 +41,14 @@ class Dense(nnx.Linear):
         mesh: NodeMesh | None = None,
         exchange: Reader | None = None,
         pad: bool = False,
+        unit: int = 1,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
         refuse("Linear", kwargs, "dot_general", "promote_dtype", "preferred_element_type")
         exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
-        channels = padded(out_features, exchange.mesh.nodes, pad=pad, name="out_features")
+        nodes = exchange.mesh.nodes
+        channels = padded(out_features, nodes, pad=pad, unit=unit, name="out_features")
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         self.exchange = exchange
         self.mesh = exchange.mesh

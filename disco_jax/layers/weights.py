@@ -87,7 +87,7 @@ def apply_weights(
 
 
 def split_channels(
-    value: Float[Array, "c"], channels: int, mesh: NodeMesh
-) -> Float[Array, "padded"]:
+    value: Float[Array, "... c"], channels: int, mesh: NodeMesh
+) -> Float[Array, "... padded"]:
     """Places a per-channel parameter beside the channels it belongs to."""
-    return mesh.put(pad_axis(value, channels, -1), NODE)
+    return mesh.put(pad_axis(value, channels, -1), *[None] * (value.ndim - 1), NODE)

@@ -14,6 +14,7 @@ from flax import nnx
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from disco_jax.models.vit import VisionTransformer
 from disco_jax.trace import name_exchanges
 
 MODELS: dict[str, Callable[..., Any]] = {
@@ -25,6 +26,14 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet8": partial(ResNet, BasicBlock, (1, 1, 1), width=16, stem="cifar"),
     "resnet20": partial(ResNet, BasicBlock, (3, 3, 3), width=16, stem="cifar"),
     "resnet56": partial(ResNet, BasicBlock, (9, 9, 9), width=16, stem="cifar"),
+    "vit_ti": partial(VisionTransformer, 192, 12, 3),
+    "vit_s": partial(VisionTransformer, 384, 12, 6),
+    "vit_b": partial(VisionTransformer, 768, 12, 12),
+    "vit_l": partial(VisionTransformer, 1024, 24, 16),
+    "deit_ti": partial(VisionTransformer, 192, 12, 3, pool="distilled"),
+    "deit_s": partial(VisionTransformer, 384, 12, 6, pool="distilled"),
+    "deit_b": partial(VisionTransformer, 768, 12, 12, pool="distilled"),
+    "vit_micro": partial(VisionTransformer, 64, 6, 4, patch=4, pool="mean", position="sincos"),
 }
 
 
