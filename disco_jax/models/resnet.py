@@ -123,7 +123,7 @@ class ResNet(nnx.Module):
         )
         kernel, stride = STEMS[stem]
         images = Replicated(in_channels, mesh=mesh)
-        self.stem = stem
+        self.stem, self.depths = stem, tuple(depths)
         self.conv = conv(
             in_channels, width, kernel, stride, padding=kernel[0] // 2, exchange=images
         )

@@ -1,0 +1,111 @@
+"""What others call the weights of our models: one map for each family of checkpoints.
+
+Left is a module of ours (or a variable, where it is no kernel, bias or statistic), right what the
+file calls it. ``{block}`` and ``{k}`` stand for numbers; right, ``{stage}`` and ``{i}`` say where a
+block of a ResNet is, counted from 0, ``{stage1}`` counts from 1, ``{k0}`` is ``k - 1``. ``a+b`` are
+tensors one after another along axis 1, ``a[1/3]`` is the second of three parts along axis 0.
+"""
+
+from __future__ import annotations
+
+TORCHVISION_RESNET = {  # timm's ResNets have the same names
+    "conv": "conv1",
+    "norm": "bn1",
+    "blocks.{block}.conv{k}": "layer{stage1}.{i}.conv{k}",
+    "blocks.{block}.norm{k}": "layer{stage1}.{i}.bn{k}",
+    "blocks.{block}.projection": "layer{stage1}.{i}.downsample.0",
+    "blocks.{block}.projection_norm": "layer{stage1}.{i}.downsample.1",
+    "head": "fc",
+}
+
+_STAGES = "resnet.encoder.stages.{stage}.layers.{i}"
+HUGGING_FACE_RESNET = {
+    "conv": "resnet.embedder.embedder.convolution",
+    "norm": "resnet.embedder.embedder.normalization",
+    "blocks.{block}.conv{k}": _STAGES + ".layer.{k0}.convolution",
+    "blocks.{block}.norm{k}": _STAGES + ".layer.{k0}.normalization",
+    "blocks.{block}.projection": _STAGES + ".shortcut.convolution",
+    "blocks.{block}.projection_norm": _STAGES + ".shortcut.normalization",
+    "head": "classifier.1",
+}
+
+TIMM_VIT = {
+    "patches": "patch_embed.proj",
+    "tokens.tokens": "cls_token",
+    "position.embedding": "pos_embed",
+    "blocks.{block}.norm{k}": "blocks.{block}.norm{k}",
+    "blocks.{block}.attention.query": "blocks.{block}.attn.qkv[0/3]",
+    "blocks.{block}.attention.key": "blocks.{block}.attn.qkv[1/3]",
+    "blocks.{block}.attention.value": "blocks.{block}.attn.qkv[2/3]",
+    "blocks.{block}.attention.out": "blocks.{block}.attn.proj",
+    "blocks.{block}.end{k}.{j}.scale": "blocks.{block}.ls{k}.gamma",
+    "blocks.{block}.mlp.dense{k}": "blocks.{block}.mlp.fc{k}",
+    "norm": "norm",
+    "heads.0": "head",
+}
+TIMM_DEIT = TIMM_VIT | {"tokens.tokens": "cls_token+dist_token", "heads.1": "head_dist"}
+
+_LAYERS = "encoder.layers.encoder_layer_{block}"
+TORCHVISION_VIT = {
+    "patches": "conv_proj",
+    "tokens.tokens": "class_token",
+    "position.embedding": "encoder.pos_embedding",
+    "blocks.{block}.norm{k}": _LAYERS + ".ln_{k}",
+    "blocks.{block}.attention.query": _LAYERS + ".self_attention.in_proj_[0/3]",
+    "blocks.{block}.attention.key": _LAYERS + ".self_attention.in_proj_[1/3]",
+    "blocks.{block}.attention.value": _LAYERS + ".self_attention.in_proj_[2/3]",
+    "blocks.{block}.attention.out": _LAYERS + ".self_attention.out_proj",
+    "blocks.{block}.mlp.dense1": _LAYERS + ".mlp.0",
+    "blocks.{block}.mlp.dense2": _LAYERS + ".mlp.3",
+    "norm": "encoder.ln",
+    "heads.0": "heads.head",
+}
+
+
+def _hugging_face_vit(name: str) -> dict[str, str]:
+    layer = name + ".encoder.layer.{block}"
+    return {
+        "patches": f"{name}.embeddings.patch_embeddings.projection",
+        "tokens.tokens": f"{name}.embeddings.cls_token",
+        "position.embedding": f"{name}.embeddings.position_embeddings",
+        "blocks.{block}.norm1": layer + ".layernorm_before",
+        "blocks.{block}.norm2": layer + ".layernorm_after",
+        "blocks.{block}.attention.query": layer + ".attention.attention.query",
+        "blocks.{block}.attention.key": layer + ".attention.attention.key",
+        "blocks.{block}.attention.value": layer + ".attention.attention.value",
+        "blocks.{block}.attention.out": layer + ".attention.output.dense",
+        "blocks.{block}.mlp.dense1": layer + ".intermediate.dense",
+        "blocks.{block}.mlp.dense2": layer + ".output.dense",
+        "norm": f"{name}.layernorm",
+        "heads.0": "classifier",
+    }
+
+
+HUGGING_FACE_VIT = _hugging_face_vit("vit")
+HUGGING_FACE_DEIT = _hugging_face_vit("deit") | {
+    "tokens.tokens": "deit.embeddings.cls_token+deit.embeddings.distillation_token",
+    "heads.0": "cls_classifier",
+    "heads.1": "distillation_classifier",
+}
+
+FAMILIES = {  # of each of our models
+    "ResNet": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
+    "VisionTransformer": {
+        "timm ViT": TIMM_VIT,
+        "timm DeiT": TIMM_DEIT,
+        "torchvision": TORCHVISION_VIT,
+        "Hugging Face ViT": HUGGING_FACE_VIT,
+        "Hugging Face DeiT": HUGGING_FACE_DEIT,
+    },
+}
+
+# Our variable -> torch's, below the name of a module.
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# What is in such files and in no computation of logits.
+UNUSED = r"num_batches_tracked$|position_ids$|\.pooler\."
