@@ -1,6 +1,6 @@
 """Deep vision models split over several small devices that learn what to tell each other."""
 
-from disco_jax import cost, layers, models, plan, runtime, sparsify
+from disco_jax import cost, interop, layers, models, plan, runtime, sparsify
 from disco_jax.errors import DiscoError
 from disco_jax.exchange import Exchange, Local, Mask, Replicated
 from disco_jax.gather import Gather, Statistics
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "cost",
     "freeze",
+    "interop",
     "layers",
     "load",
     "lower",

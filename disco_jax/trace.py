@@ -14,6 +14,7 @@ from flax import nnx
 
 from disco_jax.exchange import Exchange, Reader
 from disco_jax.gather import AllGather
+from disco_jax.layers.attention import DotProductAttention
 from disco_jax.packed import PackedExchange
 from disco_jax.readable import recording
 
@@ -93,7 +94,7 @@ class ExchangeRecord:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
-    """One call of a layer with weights.
+    """One call of a layer with weights, or of an attention, which has none and reads no exchange.
 
     ``macs`` are the multiplications of one node per example.
     """
@@ -149,6 +150,9 @@ def _records(model: nnx.Module, events: list[tuple[Any, Any]]) -> Trace:
             positions = math.prod(value.shape[1:-1])
             macs = positions * module.kernel.size // module.mesh.nodes
             computed.append(LayerRecord(path, paths[id(module.exchange)], value.shape, macs))
+        elif isinstance(module, DotProductAttention):
+            macs = module.macs(*value.shape[1:]) // module.mesh.nodes
+            computed.append(LayerRecord(path, "", value.shape, macs))
         else:
             dtype = str(value.dtype)
             moved.append(ExchangeRecord(path, value.shape, dtype, consumers.get(path, ())))

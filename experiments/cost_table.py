@@ -1,12 +1,15 @@
-"""What density 0.2 costs against the dense split and one node: ResNet-50, 224x224.
+"""What density 0.2 costs against the dense split and one node: ResNet-50 or DeiT-S, 224x224.
 
-    python experiments/cost_table.py [--model=resnet50] [--size=224] [--density=0.2]
+    python experiments/cost_table.py [--model=resnet50|deit_s] [--size=224] [--density=0.2]
 
 Traffic is in bytes per example over all links (float32), multiplications and memory
 (weights, and activations of one example) are one node's. Masks are chosen by the magnitude of
 random weights; the figures come from traced shapes and the frozen plan, and the network is not run.
 The latency is what ``cost.predict`` says of links of 100 Mbit/s and 0.1 ms, and nodes of
-70 * 10⁹ multiplications per second.
+70 * 10⁹ multiplications per second. A transformer has a column more: the traffic of Megatron's
+split (Shoeybi et al. 2019, arXiv 1909.08053), which pairs columns of one product with rows of the
+next and sums up, over all nodes, two tensors of a block; it is less than that of the dense split
+here, and nothing of it can be left out.
 """
 
 from __future__ import annotations
@@ -23,7 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 import disco_jax as dj
+from disco_jax.models.vit import VisionTransformer
 
+COLUMNS = (
+    "nodes",
+    "traffic MB",
+    "dense MB",
+    "Megatron MB",
+    "dense / traffic",
+    "total MACs",
+    "weights",
+    "memory",
+)
 LINK, GMACS = dj.cost.Link(mbit=100, ms=0.1), 70
 
 
@@ -40,6 +54,7 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
         "exchanges": plan.collectives,
         "traffic_bytes": plan.traffic_bytes,
         "dense_traffic_bytes": plan.dense_traffic_bytes,
+        "megatron_traffic_bytes": megatron_bytes(model, nodes, size),
         "traffic_saving": plan.dense_traffic_bytes / max(plan.traffic_bytes, 1),
         "macs_per_node": plan.macs_per_node,
         "total_macs_share": plan.macs_per_node * nodes / macs,
@@ -49,6 +64,14 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
         "memory_bytes_per_node": memory.total_bytes,
         "predicted_ms": dj.cost.predict(plan, LINK, gmacs=GMACS).ms,
     }
+
+
+def megatron_bytes(model: nnx.Module, nodes: int, size: int) -> int | None:
+    """Bytes of two ring all-reduces a block in float32, over all links; None without blocks."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    *_, tokens, width = model.position.embedding.shape
+    return 2 * len(model.blocks) * 2 * (nodes - 1) * tokens * width * 4
 
 
 def main() -> None:
@@ -63,13 +86,16 @@ def main() -> None:
     for r in rows:
         r["memory_share"] = r["memory_bytes_per_node"] / alone["memory_bytes_per_node"]
     table = Table(title=f"{args.model}, {args.size}x{args.size}, density {args.density}")
-    for heading in ("nodes", "traffic MB", "dense MB", "saving", "total MACs", "weights", "memory"):
+    for heading in COLUMNS:
         table.add_column(heading, justify="right")
     for r in rows:
         table.add_row(
             str(r["nodes"]),
             f"{r['traffic_bytes'] / 1e6:.2f}",
             f"{r['dense_traffic_bytes'] / 1e6:.2f}",
+            "-"
+            if r["megatron_traffic_bytes"] is None
+            else f"{r['megatron_traffic_bytes'] / 1e6:.2f}",
             f"{r['traffic_saving']:.2f}x",
             f"{r['total_macs_share']:.3f}",
             f"{r['weight_share']:.3f}",

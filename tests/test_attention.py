@@ -50,7 +50,7 @@ def test_attention(nodes, heads, kv_heads):
         lives.append(attention)
     plain = plain_attention(lives[0], heads, kv_heads, features)
     expected, plain_grad = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(plain(x))))(x)
-    wide = dj.partition.pad_channels(x, lives[0].mesh)
+    wide = dj.partition.pad_channels(x, lives[0].exchange.mesh)
     for attention in lives:
         graphdef, params, rest = nnx.split(attention, nnx.Param, ...)
 
@@ -127,6 +127,23 @@ def test_vision_transformer(kind, nodes):
             dj.verify(frozen, images)
 
 
+def test_assignment_changes_no_transformer():
+    """Residual stream and hidden channels are renumbered; heads stay whole where they are."""
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create(
+        "vit_micro", mesh=mesh, image_size=8, pool="class", position="learned", rngs=nnx.Rngs(0)
+    )
+    randomize(model)
+    model.eval()
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    before = dj.plan.Program(model)(images)
+    kernel = np.asarray(model.blocks[0].mlp.dense1.kernel[...])
+    local = dj.sparsify.assign(model, images, restarts=1)
+    assert 0.51 < local < 1, "strong connections become local"
+    assert np.abs(kernel - model.blocks[0].mlp.dense1.kernel[...]).max() > 0
+    close(dj.plan.Program(model)(images), before, FLOAT32)
+
+
 def test_norm_over_a_nodes_own_channels_moves_nothing():
     mesh = dj.NodeMesh(2, emulate=True)
     model = dj.models.create(
@@ -158,6 +175,17 @@ def test_class_token_alone_goes_to_the_head():
     assert positions["blocks.5.norm1.statistics"] == (6,)
     assert positions["norm.statistics"] == (2,)
     assert positions["heads.0.exchange"] == positions["heads.1.exchange"] == (1,)
+
+
+def test_products_of_attention_are_counted():
+    """Scores and weighted values: 2 t² c, shared by the nodes; dead heads count for a node only."""
+    mesh = dj.NodeMesh(3, emulate=True)
+    model = dj.models.create("vit_micro", mesh=mesh, image_size=16, rngs=nnx.Rngs(0))
+    plan = dj.freeze(model, jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)).plan
+    layer = next(p for p in plan.layers if p.path == "blocks.0.attention.attend")
+    assert layer.single_node_macs == 2 * 16**2 * 64
+    assert layer.macs == 2 * 16**2 * (6 * 16) // 3
+    assert layer.weight_bytes == layer.single_node_weight_bytes == 0
 
 
 def test_sincos_is_that_of_its_formula():

@@ -1,1 +1,5 @@
 """Weights from and for other programs."""
+
+from disco_jax.interop import pretrained
+
+__all__ = ["pretrained"]

@@ -17,7 +17,38 @@ from disco_jax.layers.dense import Dense
 from disco_jax.layers.weights import reader
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import per_node
-from disco_jax.readable import Readable
+from disco_jax.readable import Readable, note
+
+
+class DotProductAttention(nnx.Module):
+    """``softmax(Q Kᵀ / √head_dim) V`` of each head, on the node that owns it.
+
+    Args:
+      features: channels of all heads together, dead ones excluded.
+      head_dim: channels of one.
+    """
+
+    def __init__(self, features: int, head_dim: int, *, mesh: NodeMesh):
+        self.features, self.head_dim, self.mesh = features, head_dim, mesh
+
+    def __call__(
+        self,
+        query: Float[Array, "b t c"],
+        key: Float[Array, "b t kv"],
+        value: Float[Array, "b t kv"],
+    ) -> Float[Array, "b t c"]:
+        heads = per_node(self._attend, query, key, value, mesh=self.mesh)
+        note(self, heads)
+        return heads
+
+    def _attend(self, *blocks: Float[Array, "b t h*d"]) -> Float[Array, "b t h*d"]:
+        q, k, v = (jnp.reshape(x, (*x.shape[:-1], -1, self.head_dim)) for x in blocks)
+        return jnp.reshape(jax.nn.dot_product_attention(q, k, v), blocks[0].shape)
+
+    @staticmethod
+    def macs(tokens: int, channels: int) -> int:
+        """Multiplications per example: a product with the keys, one with the values."""
+        return 2 * tokens**2 * channels
 
 
 class MultiHeadAttention(nnx.Module):
@@ -68,28 +99,18 @@ class MultiHeadAttention(nnx.Module):
             "a divisor",
         )
         self.exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
-        self.mesh = mesh = self.exchange.mesh
-        self.head_dim = features // num_heads
-        unit = num_heads // kv_heads * self.head_dim  # the queries of one key stay with it
+        mesh = self.exchange.mesh
+        head_dim = features // num_heads
+        unit = num_heads // kv_heads * head_dim  # the queries of one key stay with it
         dense: Callable[..., Dense] = partial(Dense, pad=pad, rngs=rngs, **kwargs)
         read: Callable[..., Dense] = partial(dense, in_features, exchange=self.exchange)
         self.query = read(features, unit=unit)
-        self.key = read(kv_heads * self.head_dim, unit=self.head_dim)
-        self.value = read(kv_heads * self.head_dim, unit=self.head_dim)
+        self.key = read(kv_heads * head_dim, unit=head_dim)
+        self.value = read(kv_heads * head_dim, unit=head_dim)
+        self.attend = DotProductAttention(features, head_dim, mesh=mesh)
         heads = Exchange(features, mesh=mesh, pad=pad, unit=unit)
         self.out = dense(features, out_features or in_features, exchange=heads)
 
     def __call__(self, inputs: Float[Array, "b t c_in"] | Readable) -> Float[Array, "b t c_out"]:
         x = inputs if isinstance(inputs, Readable) else self.exchange(inputs)
-        heads = per_node(self._attend, self.query(x), self.key(x), self.value(x), mesh=self.mesh)
-        return self.out(heads)
-
-    def _attend(
-        self,
-        query: Float[Array, "b t h*d"],
-        key: Float[Array, "b t k*d"],
-        value: Float[Array, "b t k*d"],
-    ) -> Float[Array, "b t h*d"]:
-        """What one node computes: all of its own heads."""
-        q, k, v = (jnp.reshape(x, (*x.shape[:-1], -1, self.head_dim)) for x in (query, key, value))
-        return jnp.reshape(jax.nn.dot_product_attention(q, k, v), query.shape)
+        return self.out(self.attend(self.query(x), self.key(x), self.value(x)))

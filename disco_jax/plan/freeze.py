@@ -16,6 +16,7 @@ from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange
 from disco_jax.gather import AllGather
+from disco_jax.layers.attention import DotProductAttention
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import Hop, PackedExchange, received_channels
 from disco_jax.plan.fold import fold_norms
@@ -254,6 +255,9 @@ def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
 def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
     """Costs of one layer, which may be called several times with the same weights."""
     nodes = layer.mesh.nodes
+    if isinstance(layer, DotProductAttention):
+        alone = sum(layer.macs(r.positions, layer.features) for r in records)
+        return LayerPlan(records[0].path, "", sum(r.macs for r in records), alone, 0, 0)
     window = layer.kernel.shape[-2 - len(getattr(layer, "kernel_size", ())) : -2]
     groups = getattr(layer, "feature_group_count", 1)
     dense = math.prod(window) * (layer.in_features // groups) * layer.out_features

@@ -71,7 +71,7 @@ class ExchangePlan:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """One layer with weights.
+    """One layer with weights, or an attention, which has none and reads no exchange.
 
     Multiplications per example and bytes of weights: of one of the nodes, and of a single node
     that runs the dense network alone (without dead channels).
@@ -115,7 +115,7 @@ class CommunicationPlan:
 
     @property
     def macs_per_node(self) -> int:
-        """Multiplications of one node per example, in layers with weights."""
+        """Multiplications of one node per example, in layers with weights and attentions."""
         return sum(layer.macs for layer in self.layers)
 
     @property

@@ -23,9 +23,9 @@ from disco_jax.trace import Images, modules
 
 # One name a line would fill a screen.
 _NAMES = """
-abs add and clamp convert_element_type copy cos div eq erf exp exp2 expm1 ge gt integer_pow
-is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sign sin
-sqrt square stop_gradient sub tanh xor
+abs add and clamp convert_element_type copy cos div eq erf erf_inv erfc exp exp2 expm1 ge gt
+integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt
+select_n sign sin sqrt square stop_gradient sub tanh xor
 """
 ELEMENTWISE = frozenset(_NAMES.split())
 REDUCTIONS = frozenset(f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or"))

@@ -22,7 +22,7 @@ def make(
 ) -> optax.GradientTransformation:
     """The optimiser that ``config`` (a config's ``optimizer``) describes.
 
-    Weight decay spares biases and the scales of norms.
+    Weight decay is for kernels alone.
 
     Raises:
       DiscoError: for an unknown name or a learning rate that is not positive.
@@ -45,5 +45,5 @@ def make(
 
 
 def is_kernel(params: Any) -> Any:
-    """True for parameters of two axes and more."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """True for kernels; not for biases, scales, tokens and position embeddings."""
+    return jax.tree.map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
