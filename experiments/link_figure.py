@@ -21,17 +21,18 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The newest row of each kind, number of nodes and rate."""
+    """The newest row of each kind, number of nodes, rate and share of a core."""
     newest = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        newest[row["what"], row["nodes"], row.get("mbit", 0)] = row
+        newest[row["what"], row["nodes"], row.get("mbit", 0), row.get("cpu", 1)] = row
     return [newest[key] for key in sorted(newest)]
 
 
 def show(row: Row) -> None:
     rate = f", {row['mbit']:g} Mbit/s" if "mbit" in row else ""
-    print(f"\n{row['what']}, {row['nodes']} nodes{rate}")
+    share = f", {row['cpu']:g} of a core each" if "cpu" in row else ""
+    print(f"\n{row['what']}, {row['nodes']} nodes{rate}{share}")
     if row["what"] == "memory":
         alone = row["above"]["one host"]
         print("  MiB above a process that computes x + 1")
@@ -60,7 +61,7 @@ def show_latencies(ways: dict[str, Row]) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Latency against the rate of the link, and bytes against the number of nodes."""
-    rows = [row for row in rows if row["what"] == "latency"]
+    rows = [row for row in rows if row["what"] == "latency" and "cpu" not in row]
     most = max(rows, key=lambda row: sum(r["nodes"] == row["nodes"] for r in rows))["nodes"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     draw_rates(left, [row for row in rows if row["nodes"] == most], most)

@@ -3,13 +3,15 @@
     pip install -e . onnx onnxruntime
     sudo python experiments/link_latency.py             # every rate, then memory and streams
     sudo python experiments/link_latency.py --nodes=4 --rates 100
+    sudo python experiments/link_latency.py --cpu=0.4 --rates 100 --what latency
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
 its saved plan in a process of its own on each host, and they take turns, so that ratios within one
 line are ratios within one run. One JSON line per rate is appended to
-``results/link_latency.jsonl``. Accuracy plays no part: the weights are random, and what a mask
-costs depends on its size alone.
+``results/link_latency.jsonl``. With ``--cpu`` the hosts have a share of a core each (control
+groups of version 1), as smaller devices would. Accuracy plays no part: the weights are random, and
+what a mask costs depends on its size alone.
 """
 
 from __future__ import annotations
@@ -198,7 +200,7 @@ def stream(running: list[Hosts], batches: int, images: int) -> float:
 
 
 def write(args: argparse.Namespace, row: dict[str, Any]) -> None:
-    row = {"nodes": args.nodes, **row}
+    row = {"nodes": args.nodes, **({"cpu": args.cpu} if args.cpu < 1 else {}), **row}
     with args.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1), flush=True)
@@ -208,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 300, 100, 30, 10])
     parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--cpu", type=float, default=1.0, help="share of a core that a host has")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--what", nargs="+", default=["latency", "memory", "streams"])
     parser.add_argument("--plans", type=Path, help="where to keep the plans; runs/link-NODES")
@@ -229,6 +232,8 @@ def main() -> None:
             subprocess.run([*command, f"--plans={args.plans}"], check=True)
         with slow_link.hosts(args.nodes):
             slow_link.limit(args.nodes, 1000)
+            if args.cpu < 1:
+                slow_link.slow_down(args.nodes, args.cpu)
             ways = [*WAYS, *([ROWS] if args.nodes == 2 else []), ALONE]
             if "latency" in args.what:
                 latencies(args, [*ways, ONNX])

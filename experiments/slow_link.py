@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 SWITCH = "disco-switch"
 INTERFACE = "disco0"
+CGROUPS = Path("/sys/fs/cgroup/cpu")  # version 1
+PERIOD_US = 2500  # the kernel wants a quota of a millisecond at least
 
 
 def sh(command: str) -> str:
@@ -69,6 +72,9 @@ def _remove() -> None:
             found = line.split()[0]
             sh(f"ip netns pids {found} | xargs -r kill -9")
             sh(f"ip netns del {found}")
+            if (CGROUPS / found).exists():
+                time.sleep(0.5)  # until the kernel has buried what ran there
+                (CGROUPS / found).rmdir()
             shutil.rmtree(Path("/etc/netns") / found, ignore_errors=True)
 
 
@@ -88,11 +94,23 @@ def bytes_sent(host: int) -> int:
     return int(sh(f"ip netns exec {name(host)} cat {path}"))
 
 
+def slow_down(count: int, share: float) -> None:
+    """From now on every host has no more than a share of a core, for all it starts together."""
+    for host in range(count):
+        group = CGROUPS / name(host)
+        group.mkdir(exist_ok=True)
+        (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+        (group / "cpu.cfs_quota_us").write_text(str(round(share * PERIOD_US)))
+
+
 def start(host: int, core: int, command: Sequence[str], **environment: str) -> subprocess.Popen:
     """Runs a command on a host, on one core; its stdin and stdout are pipes."""
     script = f'hostname {name(host)}; exec taskset -c {core} "$@"'
+    inside = ["ip", "netns", "exec", name(host), "unshare", "-u", "sh", "-c", script, "sh"]
+    tasks = CGROUPS / name(host) / "tasks"  # out of sight in a namespace
+    join = ["sh", "-c", f'echo $$ > {tasks}; exec "$@"', "sh"] if tasks.exists() else []
     return subprocess.Popen(
-        ["ip", "netns", "exec", name(host), "unshare", "-u", "sh", "-c", script, "sh", *command],
+        [*join, *inside, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, **environment},

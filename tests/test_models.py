@@ -28,7 +28,31 @@ def abstract(name, mesh, **kwargs):
     return nnx.eval_shape(lambda: dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **kwargs))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# timm's numbers, and by hand for the smallest.
+TRANSFORMERS = {
+    "vit_ti": 5_717_416,
+    "vit_s": 22_050_664,
+    "vit_b": 86_567_656,
+    "vit_l": 304_326_632,
+    "deit_ti": 5_910_800,
+    "deit_s": 22_436_432,
+    "deit_b": 87_338_192,
+    "vit_micro": 3_136 + 6 * (256 + 16_640 + 33_088) + 128 + 65_000,
+}
+
+
+def test_every_model_is_counted():
+    assert {*PARAMETERS, *TRANSFORMERS} == {*MODELS}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_parameters_of_transformers(name):
+    model = abstract(name, dj.NodeMesh(1, emulate=True))
+    sizes = [p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert sum(sizes) == TRANSFORMERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_and_shapes(name):
     """Built and traced on shapes alone."""
     cifar = name in ("resnet8", "resnet20", "resnet56")
