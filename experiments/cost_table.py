@@ -54,7 +54,7 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
         "exchanges": plan.collectives,
         "traffic_bytes": plan.traffic_bytes,
         "dense_traffic_bytes": plan.dense_traffic_bytes,
-        "megatron_traffic_bytes": megatron_bytes(model, nodes, size),
+        "megatron_traffic_bytes": megatron_bytes(model, nodes),
         "traffic_saving": plan.dense_traffic_bytes / max(plan.traffic_bytes, 1),
         "macs_per_node": plan.macs_per_node,
         "total_macs_share": plan.macs_per_node * nodes / macs,
@@ -66,12 +66,16 @@ def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
     }
 
 
-def megatron_bytes(model: nnx.Module, nodes: int, size: int) -> int | None:
+def megatron_bytes(model: nnx.Module, nodes: int) -> int | None:
     """Bytes of two ring all-reduces a block in float32, over all links; None without blocks."""
     if not isinstance(model, VisionTransformer):
         return None
     *_, tokens, width = model.position.embedding.shape
     return 2 * len(model.blocks) * 2 * (nodes - 1) * tokens * width * 4
+
+
+def megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f}"
 
 
 def main() -> None:
@@ -91,11 +95,9 @@ def main() -> None:
     for r in rows:
         table.add_row(
             str(r["nodes"]),
-            f"{r['traffic_bytes'] / 1e6:.2f}",
-            f"{r['dense_traffic_bytes'] / 1e6:.2f}",
-            "-"
-            if r["megatron_traffic_bytes"] is None
-            else f"{r['megatron_traffic_bytes'] / 1e6:.2f}",
+            megabytes(r["traffic_bytes"]),
+            megabytes(r["dense_traffic_bytes"]),
+            megabytes(r["megatron_traffic_bytes"]),
             f"{r['traffic_saving']:.2f}x",
             f"{r['total_macs_share']:.3f}",
             f"{r['weight_share']:.3f}",

@@ -16,6 +16,11 @@ from jaxtyping import Array, Float
 from disco_jax.errors import require
 from disco_jax.layers.weights import split_channels
 from disco_jax.mesh import NodeMesh
+from disco_jax.partition import padded
+
+
+def _placed(value: Float[Array, "... c"], mesh: NodeMesh, pad: bool) -> Float[Array, "... padded"]:
+    return split_channels(value, padded(value.shape[-1], mesh.nodes, pad=pad), mesh)
 
 
 class Constant(nnx.Variable):
@@ -31,6 +36,7 @@ class PositionEmbedding(nnx.Module):
       kind: ``"learned"``, or ``"sincos"`` (fixed; Vaswani et al. 2017, in two dimensions as in
         Chen et al. 2021, arXiv 2104.02057).
       extra: tokens before those of the grid (class, distillation); the fixed kind gives them 0.
+      pad: append dead channels where ``features`` does not divide by the nodes, here and below.
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class PositionEmbedding(nnx.Module):
         mesh: NodeMesh,
         kind: Literal["learned", "sincos"] = "learned",
         extra: int = 0,
-        channels: int | None = None,
+        pad: bool = False,
         param_dtype: jax.typing.DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
@@ -57,7 +63,7 @@ class PositionEmbedding(nnx.Module):
             table = np.pad(sincos(grid, features), ((extra, 0), (0, 0)))
             value = jnp.asarray(table[None], param_dtype)
         variable = nnx.Param if kind == "learned" else Constant
-        self.embedding = variable(split_channels(value, channels or features, mesh))
+        self.embedding = variable(_placed(value, mesh, pad))
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         tokens = self.embedding.shape[1]
@@ -95,12 +101,12 @@ class LearnedTokens(nnx.Module):
         features: int,
         *,
         mesh: NodeMesh,
-        channels: int | None = None,
+        pad: bool = False,
         param_dtype: jax.typing.DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
         value = 0.02 * jax.random.normal(rngs.params(), (1, count, features), param_dtype)
-        self.tokens = nnx.Param(split_channels(value, channels or features, mesh))
+        self.tokens = nnx.Param(_placed(value, mesh, pad))
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b count+t c"]:
         tokens = jnp.broadcast_to(
@@ -118,11 +124,11 @@ class LayerScale(nnx.Module):
         init: float = 1e-5,
         *,
         mesh: NodeMesh,
-        channels: int | None = None,
+        pad: bool = False,
         param_dtype: jax.typing.DTypeLike = "float32",
     ):
         value = jnp.full((features,), init, param_dtype)
-        self.scale = nnx.Param(split_channels(value, channels or features, mesh))
+        self.scale = nnx.Param(_placed(value, mesh, pad))
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
         return x * self.scale[...].astype(x.dtype)

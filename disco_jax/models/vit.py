@@ -25,7 +25,6 @@ from disco_jax.layers import (
     StochasticDepth,
 )
 from disco_jax.mesh import NodeMesh
-from disco_jax.partition import padded
 
 Layer = Callable[..., Any]
 POOLS = {"class": 1, "distilled": 2, "mean": 0}  # how the tokens become logits, extra tokens
@@ -123,8 +122,7 @@ class VisionTransformer(nnx.Module):
             f"`image_size` (={image_size}) must be divisible by `patch` (={patch}); choose a "
             "multiple",
         )
-        channels = padded(width, mesh.nodes, pad=True)
-        add: dict[str, Any] = {"mesh": mesh, "channels": channels, "param_dtype": param_dtype}
+        add: dict[str, Any] = {"mesh": mesh, "pad": True, "param_dtype": param_dtype}
         common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         weights = {"kernel_init": nnx.initializers.truncated_normal(0.02), "pad": True, **common}
         dense: Layer = partial(Dense, **weights)
