@@ -3,7 +3,8 @@
 from disco_jax import cost, interop, layers, models, plan, runtime, sparsify
 from disco_jax.errors import DiscoError
 from disco_jax.exchange import Exchange, Local, Mask, Replicated
-from disco_jax.gather import Gather, Statistics
+from disco_jax.gather import Everywhere, Gather, Statistics
+from disco_jax.interop import Distributed, distribute
 from disco_jax.mesh import NodeMesh
 from disco_jax.packed import PackedExchange
 from disco_jax.plan import CommunicationPlan, Frozen, freeze, load, lower, verify
@@ -14,6 +15,8 @@ from disco_jax.version import __version__
 __all__ = [
     "CommunicationPlan",
     "DiscoError",
+    "Distributed",
+    "Everywhere",
     "Exchange",
     "Frozen",
     "Gather",
@@ -26,6 +29,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "cost",
+    "distribute",
     "freeze",
     "interop",
     "layers",

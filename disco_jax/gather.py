@@ -46,6 +46,15 @@ class Gather(AllGather):
         return everywhere(x, self.mesh)[..., : self.features]
 
 
+class Everywhere(AllGather):
+    """Gives every node all channels, dead ones included: ``[b, ..., n*width]``, as it is."""
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+        if self.mesh.nodes > 1:
+            note(self, x)
+        return everywhere(x, self.mesh)
+
+
 class Statistics(AllGather):
     """Mean and variance over the channels of all nodes: two numbers per position travel.
 

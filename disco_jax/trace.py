@@ -79,35 +79,30 @@ def name_exchanges(model: nnx.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeRecord:
-    """One call of an exchange: ``shape`` is what it was given, ``[b, ..., c]``."""
+    """One call of an exchange.
+
+    ``shape`` is what it was given, channels last; ``positions`` are pixels or tokens per example.
+    """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     consumers: tuple[str, ...]
-
-    @property
-    def positions(self) -> int:
-        """Pixels or tokens per example."""
-        return math.prod(self.shape[1:-1])
+    positions: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRecord:
     """One call of a layer with weights, or of an attention, which has none and reads no exchange.
 
-    ``macs`` are the multiplications of one node per example.
+    ``positions`` are pixels or tokens of the output, ``macs`` the multiplications of one node; both
+    per example.
     """
 
     path: str
     exchange: str
-    output: tuple[int, ...]
+    positions: int
     macs: int
-
-    @property
-    def positions(self) -> int:
-        """Pixels or tokens of the output per example."""
-        return math.prod(self.output[1:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +127,7 @@ def trace(model: nnx.Module, images: Images) -> Trace:
         merged.eval()
         with recording() as events:
             merged(images)
-        records.append(_records(merged, events))
+        records.append(_records(merged, events, len(images)))
         return ()
 
     records: list[Trace] = []
@@ -140,20 +135,21 @@ def trace(model: nnx.Module, images: Images) -> Trace:
     return records[0]
 
 
-def _records(model: nnx.Module, events: list[tuple[Any, Any]]) -> Trace:
+def _records(model: nnx.Module, events: list[tuple[Any, Any]], batch: int) -> Trace:
     paths = {id(module): path for path, module in modules(model)}
     consumers = {path: tuple(p for p, _ in layers) for path, layers in readers(model).items()}
     moved, computed = [], []
     for module, value in events:
         path = paths[id(module)]
+        # Some models fold other axes into that of the batch, windows of tokens say.
+        positions = math.prod(value.shape[:-1]) // batch
         if hasattr(module, "kernel"):
-            positions = math.prod(value.shape[1:-1])
             macs = positions * module.kernel.size // module.mesh.nodes
-            computed.append(LayerRecord(path, paths[id(module.exchange)], value.shape, macs))
+            computed.append(LayerRecord(path, paths[id(module.exchange)], positions, macs))
         elif isinstance(module, DotProductAttention):
             macs = module.macs(*value.shape[1:]) // module.mesh.nodes
-            computed.append(LayerRecord(path, "", value.shape, macs))
+            computed.append(LayerRecord(path, "", positions, macs))
         else:
-            dtype = str(value.dtype)
-            moved.append(ExchangeRecord(path, value.shape, dtype, consumers.get(path, ())))
+            reading = consumers.get(path, ())
+            moved.append(ExchangeRecord(path, value.shape, str(value.dtype), reading, positions))
     return Trace(tuple(moved), tuple(computed))

@@ -1,5 +1,7 @@
-"""Weights from and for other programs."""
+"""Models and weights from other programs."""
 
 from disco_jax.interop import pretrained
+from disco_jax.interop.distribute import distribute
+from disco_jax.interop.distributed import Distributed, Report
 
-__all__ = ["pretrained"]
+__all__ = ["Distributed", "Report", "distribute", "pretrained"]
