@@ -30,6 +30,10 @@ class NodeMesh:
     On a CPU that was not told how many devices to fake, the first ``NodeMesh`` of a process
     sets ``jax_num_cpu_devices`` to what it needs.
 
+    Train with ``emulate=True`` where one computer fakes the devices: it is faster, and XLA:CPU can
+    lock up when several programs with collectives are under way on faked devices, unless each is
+    waited for (``jax.block_until_ready``).
+
     Args:
       nodes: N >= 1, the number of participants that share every layer.
       data: number of copies of the whole node group, each working on its share of the batch.

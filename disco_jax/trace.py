@@ -15,6 +15,7 @@ from flax import nnx
 from disco_jax.exchange import Exchange, Reader
 from disco_jax.gather import AllGather
 from disco_jax.layers.attention import DotProductAttention
+from disco_jax.layers.weights import note_exchange
 from disco_jax.packed import PackedExchange
 from disco_jax.readable import recording
 
@@ -72,9 +73,7 @@ def name_exchanges(model: nnx.Module) -> None:
             module.name = path
     for path, layers in readers(model).items():
         for _, layer in layers:
-            layer.kernel.set_metadata(
-                exchange=path, node_mesh=layer.mesh, features=layer.exchange.features
-            )
+            note_exchange(layer, path)
 
 
 @dataclasses.dataclass(frozen=True)

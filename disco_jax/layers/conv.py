@@ -58,6 +58,7 @@ class Conv(nnx.Conv):
     ):
         ignored = ("mask", "conv_general_dilated", "promote_dtype", "preferred_element_type")
         refuse("Conv", kwargs, *ignored)
+        alone = exchange is None
         exchange = reader(
             in_features, exchange=exchange, mesh=mesh, pad=pad, groups=feature_group_count
         )
@@ -83,7 +84,8 @@ class Conv(nnx.Conv):
         )
         self.exchange = exchange
         self.mesh = mesh
-        distribute_weights(self, self.kernel.shape[-2] if grouped else exchange.channels, channels)
+        c_in = self.kernel.shape[-2] if grouped else exchange.channels
+        distribute_weights(self, c_in, channels, alone=alone)
 
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b *s c_in"] | Readable

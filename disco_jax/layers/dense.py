@@ -46,13 +46,14 @@ class Dense(nnx.Linear):
         **kwargs: Any,
     ):
         refuse("Linear", kwargs, "dot_general", "promote_dtype", "preferred_element_type")
+        alone = exchange is None
         exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
         nodes = exchange.mesh.nodes
         channels = padded(out_features, nodes, pad=pad, unit=unit, name="out_features")
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         self.exchange = exchange
         self.mesh = exchange.mesh
-        distribute_weights(self, exchange.channels, channels)
+        distribute_weights(self, exchange.channels, channels, alone=alone)
 
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b ... c_in"] | Readable

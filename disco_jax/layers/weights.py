@@ -13,6 +13,9 @@ from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import pad_axis
 from disco_jax.readable import Operation, Readable, note
 
+OWN = "."  # the exchange of the kernel's own layer
+UNNAMED = ""  # one that several layers may share, until trace.name_exchanges has named it
+
 
 def reader(
     features: int,
@@ -57,15 +60,23 @@ def refuse(layer: str, keywords: dict[str, Any], *names: str) -> None:
         )
 
 
-def distribute_weights(layer: Any, c_in: int, c_out: int) -> None:
+def distribute_weights(layer: Any, c_in: int, c_out: int, *, alone: bool = False) -> None:
     """Pads a Flax layer's ``kernel [..., c_in, c_out]`` and ``bias``, and places them.
 
-    Rows and columns of dead channels are zero, and stay zero under any gradient step.
+    Rows and columns of dead channels are zero, and stay zero under any gradient step. With
+    ``alone``, the exchange is the layer's own, and the kernel says so to optimisers.
     """
     kernel = pad_axis(pad_axis(layer.kernel[...], c_in, -2), c_out, -1)
     layer.kernel.set_value(layer.mesh.put(kernel, *[None] * (kernel.ndim - 1), NODE))
     if layer.bias is not None:
         layer.bias.set_value(split_channels(layer.bias[...], c_out, layer.mesh))
+    if isinstance(layer.exchange, Exchange):
+        note_exchange(layer, OWN if alone else UNNAMED)
+
+
+def note_exchange(layer: Any, name: str) -> None:
+    """Tells those who see the kernel alone, such as an optimiser, which exchange it reads."""
+    layer.kernel.set_metadata(exchange=name, node_mesh=layer.mesh, features=layer.exchange.features)
 
 
 def apply_weights(

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.bridge import NNXMeta
 from jaxtyping import Array, Float
 
+from disco_jax.errors import require
+from disco_jax.layers.weights import OWN, UNNAMED
 from disco_jax.mesh import NodeMesh
 from disco_jax.sparsify.scores import SCORES
 
@@ -21,18 +24,39 @@ Readers = tuple[tuple[str, str, int], ...]
 
 
 def kernel_readers(params: Any) -> tuple[Readers, NodeMesh | None]:
-    """(parameter, exchange, features) of kernels whose metadata names them, and the mesh."""
+    """(parameter, exchange, features) of kernels whose metadata names them, and the mesh.
+
+    Raises:
+      DiscoError: if a kernel reads an exchange that has no name yet.
+    """
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    data = [(_name(path), v.get_metadata()) for path, v in leaves if _is_variable(v)]
-    named = [(name, metadata) for name, metadata in data if "exchange" in metadata]
-    mesh = named[0][1]["node_mesh"] if named else None
-    return tuple((name, m["exchange"], m["features"]) for name, m in named), mesh
+    data = [(_name(path), metadata_of(v)) for path, v in leaves if _is_variable(v)]
+    named = [(name, m["exchange"], m) for name, m in data if "exchange" in m]
+    for name, exchange, _ in named:
+        require(
+            exchange != UNNAMED,
+            f"`{name}` reads an exchange that has no name yet; call "
+            "disco_jax.name_exchanges(model) before the optimiser is made",
+        )
+    own = "{}exchange".format
+    mesh = named[0][2]["node_mesh"] if named else None
+    return tuple(
+        (name, own(name.removesuffix("kernel")) if exchange == OWN else exchange, m["features"])
+        for name, exchange, m in named
+    ), mesh
+
+
+def metadata_of(variable: Any) -> dict[str, Any]:
+    """What a parameter of NNX, or one of NNX in a Linen model, says about itself."""
+    if isinstance(variable, NNXMeta):
+        return variable.metadata
+    return variable.get_metadata()
 
 
 def group_kernels(params: Any, readers: Readers) -> Kernels:
     """The kernels that read each exchange."""
     leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    arrays = {_name(path): v[...] if _is_variable(v) else v for path, v in leaves}
+    arrays = {_name(path): _value(v) for path, v in leaves}
     groups: Kernels = {}
     for name, exchange, _ in readers:
         groups.setdefault(exchange, []).append(arrays[name])
@@ -80,7 +104,13 @@ def bury_dead(scores: Scores, readers: Readers) -> Scores:
 
 
 def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
+    return isinstance(x, nnx.Variable | NNXMeta)
+
+
+def _value(x: Any) -> Array:
+    if isinstance(x, NNXMeta):
+        return x.value
+    return x[...] if isinstance(x, nnx.Variable) else x
 
 
 def _name(path: Any) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.bridge import NNXMeta
 from jaxtyping import Array, Float, Int
 
 from disco_jax.errors import require
@@ -25,6 +26,7 @@ from disco_jax.sparsify.groups import (
     group_kernels,
     kernel_readers,
     map_kernels,
+    metadata_of,
 )
 from disco_jax.sparsify.schedules import SCHEDULES
 from disco_jax.sparsify.scores import l2
@@ -243,8 +245,8 @@ def _add_lasso(
 
 
 def _allows_regrowth(params: Any) -> bool:
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    found = [v.get_metadata() for v in leaves if isinstance(v, nnx.Variable)]
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable | NNXMeta))
+    found = [metadata_of(v) for v in leaves if isinstance(v, nnx.Variable | NNXMeta)]
     return all(m.get("dense_gradient", False) for m in found if "exchange" in m)
 
 
@@ -277,11 +279,16 @@ def wire_costs(model: nnx.Module, images: Images, *, itemsize: int = 4) -> dict[
 
 def apply_masks(model: nnx.Module, state: Any) -> None:
     """Copies the masks in an optimiser state (anywhere in its tree) into the model."""
-    found = [s for s in _states(state) if isinstance(s, SparseExchangeState)]
-    masks = found[0].masks if found else {}
+    masks = find_masks(state)
     for path, exchange in exchanges(model).items():
         if path in masks:
             exchange.mask.set_value(masks[path])
+
+
+def find_masks(state: Any) -> Masks:
+    """The masks in an optimiser state (anywhere in its tree) by exchange; {} if it has none."""
+    found = [s for s in _states(state) if isinstance(s, SparseExchangeState)]
+    return found[0].masks if found else {}
 
 
 def _states(state: Any) -> list[Any]:
