@@ -34,6 +34,7 @@ NAMES = {
     "planned": "planned, int4",
 }
 WITHOUT_BUDGET = ("dense", "none")
+NETWORKS = {8: "ResNet-20, width 8", 16: "ResNet-20, width 16", 64: "ViT, width 64"}
 
 
 def read(path: Path) -> list[Row]:
@@ -69,7 +70,7 @@ def show(rows: list[Row]) -> None:
         less = found[0]["dense_traffic"] / max(traffic, 1)
         budget = "  -" if method in WITHOUT_BUDGET else f"{times:2d}x"
         print(
-            f"width {width:2d}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} test "
+            f"{NETWORKS[width]}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} test "
             f"{mean:.2f} ± {spread:.2f} ({len(found)} seeds), to dense {np.mean(gaps):+.2f}, "
             f"validation {validation:.2f}"
         )
@@ -90,7 +91,7 @@ def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
         axis.axhline(right, **DASHED["dense"])
         most = max(found[0]["dense_traffic"] for found in mine.values())
         axis.plot(most / 1e3, right, "*", color="black", markersize=10)
-        axis.set_title(f"ResNet-20, width {width}, {nodes} nodes", fontsize=10)
+        axis.set_title(f"{NETWORKS[width]}, {nodes} nodes", fontsize=10)
     axes[0].set_ylabel("test accuracy, %")
     lines = {
         label: line

@@ -2,16 +2,18 @@
 
     python experiments/accuracy_vs_traffic.py --quick        # digits, a few minutes, one seed
     python experiments/accuracy_vs_traffic.py                # Fashion-MNIST; a night on two cores
+    python experiments/accuracy_vs_traffic.py --model=vit_micro
     python experiments/accuracy_figure.py                    # table and figure of what is there
 
-ResNet-20 on Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and
-seed is trained once; every method starts from its weights, fine-tunes for the same number of
-epochs (two at width 8, one at width 16, which takes three times as long), and may look at the
-training and validation images only. The test accuracy is measured once, of the frozen model, at the
-end of a run. Traffic is that of its plan, fill included, against the dense split in float32. One
-JSON line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are not
-done again, and an interrupted run goes on from its checkpoint. Start the script once for each core,
-with ``--share=0/2`` and ``--share=1/2``.
+ResNet-20, or a small vision transformer (6 blocks of width 64, patches of 7x7 pixels), on
+Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and seed is
+trained once; every method starts from its weights, fine-tunes for the same number of epochs (one
+for the ResNet of width 16, which takes three times as long, and two for the others), and may look
+at the training and validation images only. The test accuracy is measured once, of the frozen model,
+at the end of a run. Traffic is that of its plan, fill included, against the dense split in float32.
+One JSON line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are
+not done again, and an interrupted run goes on from its checkpoint. Start the script once for each
+core, with ``--share=0/2`` and ``--share=1/2``.
 """
 
 from __future__ import annotations
@@ -26,20 +28,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from accuracy_figure import read, show
+from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import cost, plan, sparsify, wire
+from disco_jax import NodeMesh, cost, models, plan, sparsify, wire
 from disco_jax.interop import pretrained
 from disco_jax.job import Job
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
 DENSE = HERE / "results" / "dense"  # weights from earlier nights, so that these go on
-CONFIG = HERE.parent / "configs" / "resnet20_fashion_mnist.py"
-
-EPOCHS = {8: 2.0, 16: 1.0}  # of fine-tuning
+CONFIGS = {"resnet20": "resnet20_fashion_mnist", "vit_micro": "vit_fashion_mnist"}
+EPOCHS = {8: 2.0, 16: 1.0, 64: 2.0}  # of fine-tuning, by width
+RATES = {"resnet20": 0.05, "vit_micro": 5e-4}  # of fine-tuning
+VIT = {
+    "widths": [64],
+    "methods": ["dense", "none", "random", "uniform l2", "int8", "best"],
+}
 ASSIGN = {"assignment": "local"}
 BY_COST = {"budget": "by_cost", "floor": 0.3}
 DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
@@ -106,6 +114,7 @@ class Run:
     seed: int
     method: str
     times_less: int
+    model: str = "resnet20"
 
     @property
     def name(self) -> str:
@@ -113,24 +122,30 @@ class Run:
         return f"w{self.width}-n{self.nodes}-s{self.seed}-{method}-{self.times_less}x"
 
 
-def base_config(width: int, seed: int, quick: bool) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("config", CONFIG)
+def base_config(model: str, width: int, seed: int, quick: bool) -> ConfigDict:
+    path = HERE.parent / "configs" / f"{CONFIGS[model]}.py"
+    spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     c = module.get_config()
-    c.model.width, c.seed, c.emulate = width, seed, True
-    c.dense.update(epochs=6.0, learning_rate=0.1)
+    c.seed, c.emulate = seed, True
+    if model == "resnet20":
+        c.model.width = width
+        c.dense.update(epochs=6.0, learning_rate=0.1)
+    else:
+        c.model.update(patch=7)
     if quick:
-        c.data.source, c.data.size, c.batch_size, c.eval_batch_size = "digits", 16, 32, 120
+        c.data.source, c.data.size = "digits", c.model.get("image_size", 16)
+        c.batch_size, c.eval_batch_size = 32, 120
     return c
 
 
-def dense_weights(width: int, seed: int, quick: bool, work: Path) -> Path:
+def dense_weights(model: str, width: int, seed: int, quick: bool, work: Path) -> Path:
     """Trains the dense network of a width and seed, once."""
     known = DENSE / f"dense-w{width}-s{seed}.safetensors"
     path = known if known.exists() and not quick else work / known.name
     if not path.exists():
-        c = base_config(width, seed, quick)
+        c = base_config(model, width, seed, quick)
         c.nodes = 1
         job = Job(c, work / f"dense-w{width}-s{seed}")
         job.train("dense")
@@ -139,21 +154,34 @@ def dense_weights(width: int, seed: int, quick: bool, work: Path) -> Path:
 
 
 def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
-    c = base_config(run.width, run.seed, quick)
+    c = base_config(run.model, run.width, run.seed, quick)
     c.name, c.nodes = run.name, run.nodes
-    c.dense.weights = str(dense_weights(run.width, run.seed, quick, work))
+    c.dense.weights = str(dense_weights(run.model, run.width, run.seed, quick, work))
     c.optimizer.warmup_epochs = 0.1
-    c.sparse.update(epochs=EPOCHS[run.width], learning_rate=0.05, every=20, mask_share=0.25)
+    rate = RATES[run.model]
+    c.sparse.update(epochs=EPOCHS[run.width], learning_rate=rate, every=20, mask_share=0.25)
     changes = dict(METHODS[run.method])
     changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
-    density = 32 / wire.BITS[c.wire_dtype] / run.times_less
+    whole = statistics(c) if run.model == "vit_micro" else 0.0
+    density = 32 / wire.BITS[c.wire_dtype] * (1 / run.times_less - whole) / (1 - whole)
     c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
     with c.sparse.unlocked():
         for key, value in changes.items():
             section, _, name = ("sparse." + key).rpartition(".")
             (c.sparse if section == "sparse" else c.sparse.distill)[name] = value
     return c
+
+
+def statistics(config: ConfigDict) -> float:
+    """Share of the dense traffic that no mask thins: what layer norms tell each other."""
+    mesh = NodeMesh(config.nodes, emulate=True)
+    model = models.create(mesh=mesh, num_classes=10, rngs=nnx.Rngs(0), **config.model)
+    size = config.data.size
+    images = jax.ShapeDtypeStruct((1, size, size, config.model.in_channels), np.float32)
+    found = plan.freeze(model, images).plan
+    whole = sum(e.traffic_bytes(found.nodes) for e in found.exchanges if e.gathered)
+    return whole / found.dense_traffic_bytes
 
 
 def planned(run: Run, config: ConfigDict, folder: Path) -> ConfigDict:
@@ -203,7 +231,7 @@ def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
 def grid(args: argparse.Namespace) -> list[Run]:
     """All runs, the seeds of one comparison after each other."""
     runs = [
-        Run(width, nodes, seed, method, times)
+        Run(width, nodes, seed, method, times, args.model)
         for width, nodes, times, method, seed in itertools.product(
             args.widths, args.nodes, args.times_less, args.methods, args.seeds
         )
@@ -214,7 +242,7 @@ def grid(args: argparse.Namespace) -> list[Run]:
 
 
 def done(row: dict[str, Any]) -> Run:
-    return Run(**{f.name: row[f.name] for f in dataclasses.fields(Run)})
+    return Run(**{f.name: row[f.name] for f in dataclasses.fields(Run) if f.name in row})
 
 
 def main() -> None:
@@ -231,9 +259,12 @@ def main() -> None:
         ("methods", str, list(METHODS)),
     ):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
-    quick, _ = parser.parse_known_args()
-    if quick.quick:
+    parser.add_argument("--model", choices=CONFIGS, default="resnet20")
+    known, _ = parser.parse_known_args()
+    if known.quick:
         parser.set_defaults(**QUICK, work=Path("runs/accuracy_vs_traffic_quick"))
+    if known.model == "vit_micro":
+        parser.set_defaults(**VIT)
     args = parser.parse_args()
     args.out = args.out or (args.work / RESULTS.name if args.quick else RESULTS)
     args.work.mkdir(parents=True, exist_ok=True)

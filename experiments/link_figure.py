@@ -17,22 +17,24 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 COSTS = Path(__file__).parent / "results" / "cost_table.json"
+RESNET = "resnet50"
 Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The newest row of each kind, number of nodes, rate and share of a core."""
+    """The newest row of each network, kind, number of nodes, rate and share of a core."""
     newest = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        newest[row["what"], row["nodes"], row.get("mbit", 0), row.get("cpu", 1)] = row
+        key = row.get("model", RESNET), row["what"], row["nodes"]
+        newest[*key, row.get("mbit", 0), row.get("cpu", 1)] = row
     return [newest[key] for key in sorted(newest)]
 
 
 def show(row: Row) -> None:
     rate = f", {row['mbit']:g} Mbit/s" if "mbit" in row else ""
     share = f", {row['cpu']:g} of a core each" if "cpu" in row else ""
-    print(f"\n{row['what']}, {row['nodes']} nodes{rate}{share}")
+    print(f"\n{row.get('model', RESNET)}: {row['what']}, {row['nodes']} nodes{rate}{share}")
     if row["what"] == "memory":
         alone = row["above"]["one host"]
         print("  MiB above a process that computes x + 1")
@@ -46,10 +48,11 @@ def show(row: Row) -> None:
 
 
 def show_latencies(ways: dict[str, Row]) -> None:
-    dense, alone = ways["dense float32"]["ms"], ways["one host"]["ms"]
+    rivals = [way for way in ("dense float32", "one host", "Megatron") if way in ways]
     for way, found in ways.items():
-        line = f"  {way:24s} {found['ms']:9.1f} ms  dense/it {dense / found['ms']:6.1f}"
-        line += f"  one host/it {alone / found['ms']:5.2f}"
+        line = f"  {way:24s} {found['ms']:9.1f} ms"
+        for rival in rivals:
+            line += f"  {rival.split(' float')[0]}/it {ways[rival]['ms'] / found['ms']:5.2f}"
         if found["plan_bytes"]:
             excess = 100 * (found["wire_bytes"] / found["plan_bytes"] - 1)
             line += f"  {found['plan_bytes']:11,} bytes, {excess:+.1f} % on the wire"
@@ -61,7 +64,7 @@ def show_latencies(ways: dict[str, Row]) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Latency against the rate of the link, and bytes against the number of nodes."""
-    rows = [row for row in rows if row["what"] == "latency" and "cpu" not in row]
+    rows = [r for r in rows if r["what"] == "latency" and "cpu" not in r and "model" not in r]
     most = max(rows, key=lambda row: sum(r["nodes"] == row["nodes"] for r in rows))["nodes"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     draw_rates(left, [row for row in rows if row["nodes"] == most], most)

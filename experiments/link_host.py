@@ -17,33 +17,38 @@ SIZE = 224
 ANSWER = "answer "
 # What the planner is told: milliseconds for an image on this link and these cores.
 PLANNED = {"ms": 38, "mbit": 100, "link_ms": 0.2, "gmacs": 72}
-WAYS: dict[str, dict[str, Any]] = {
+DENSE: dict[str, dict[str, Any]] = {
     "dense float32": {"density": 1.0},
     "0.2 float32": {"density": 0.2},
     "0.2 int8": {"density": 0.2, "wire_dtype": "int8"},
-    "planned": {"planned": PLANNED},
 }
-ALONE, ROWS, ONNX = "one host", "rows", "one host, ONNX Runtime"
-NOTHING = "nothing"
 BEST = "planned"
+# What is measured of each network: our ways first.
+WAYS = {
+    "resnet50": {**DENSE, BEST: {"planned": PLANNED}},
+    "deit_s": DENSE,
+}
+ALONE, ROWS, ONNX, MEGATRON = "one host", "rows", "one host, ONNX Runtime", "Megatron"
+RIVALS = {"resnet50": (ROWS, ALONE, ONNX), "deit_s": (MEGATRON, ALONE)}
+NOTHING = "nothing"
 
 
 def image() -> Any:
     return np.random.default_rng(0).normal(size=(1, SIZE, SIZE, 3)).astype(np.float32)
 
 
-def prepare(directory: Path, nodes: int) -> None:
-    """Freezes ResNet-50 in every way, and saves what each host will load."""
+def prepare(directory: Path, network: str, nodes: int) -> None:
+    """Freezes a network in every way, and saves what each host will load."""
     from flax import nnx
 
     import disco_jax as dj
 
     def create(nodes: int) -> nnx.Module:
         mesh = dj.NodeMesh(nodes, emulate=True)
-        return dj.models.create("resnet50", mesh=mesh, num_classes=1000, rngs=nnx.Rngs(0))
+        return dj.models.create(network, mesh=mesh, num_classes=1000, rngs=nnx.Rngs(0))
 
     dj.freeze(create(1), image()).save(directory / ALONE)
-    for name, way in WAYS.items():
+    for name, way in WAYS[network].items():
         model, wires = create(nodes), way.get("wire_dtype", "float32")
         if "planned" in way:
             c = way["planned"]
@@ -82,6 +87,16 @@ def weights(directory: Path) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def variables(directory: Path) -> dict[str, Any]:
+    """All weights of the same network by path."""
+    from flax import nnx
+
+    state = nnx.to_flat_state(nnx.state(alone(directory).model, nnx.Param))
+    found = {".".join(map(str, path)): np.asarray(v[...]) for path, v in state}
+    packed = {path for path in found if path.endswith("kernel") and not path.startswith("patches")}
+    return {path: value[0] if path in packed else value for path, value in found.items()}
+
+
 def nothing(x: Any) -> Any:
     """What a host does while the other works alone."""
     import jax
@@ -92,8 +107,9 @@ def nothing(x: Any) -> Any:
 class Host:
     """One host with one program: runs what it is told on stdin, and answers."""
 
-    def __init__(self, directory: Path, nodes: int, way: str):
+    def __init__(self, directory: Path, network: str, nodes: int, way: str):
         import jax
+        import megatron
         import onnx_resnet
         import row_split
 
@@ -101,11 +117,14 @@ class Host:
 
         self.image, self.frozen, self.bytes = image(), None, 0
         program: Callable = nothing
-        if way in WAYS:
+        if way in WAYS[network]:
             program = self.frozen = dj.load(directory / way, dj.NodeMesh(nodes))
             self.bytes = self.frozen.plan.traffic_bytes
         elif way == ROWS:
             program, self.bytes = row_split.program(weights(directory), dj.NodeMesh(nodes).jax_mesh)
+        elif way == MEGATRON:
+            mesh = dj.NodeMesh(nodes).jax_mesh
+            program, self.bytes = megatron.program(variables(directory), 64, mesh)
         elif way == ALONE and jax.process_index() == 0:
             program = alone(directory)
         elif way == ONNX and jax.process_index() == 0:
@@ -160,12 +179,12 @@ def seconds_of(program: Callable, images: Any, iterations: int) -> list[float]:
     return seconds
 
 
-def host(directory: Path, nodes: int, node: int, port: int, way: str) -> None:
+def host(directory: Path, network: str, nodes: int, node: int, port: int, way: str) -> None:
     """Answers what it is asked on stdin until that ends."""
     from disco_jax import runtime
 
     with runtime.connect(f"{slow_link.address(0)}:{port}", nodes, node):
-        runs = Host(directory, nodes, way)
+        runs = Host(directory, network, nodes, way)
         print(ANSWER + json.dumps(runs.bytes), flush=True)
         for line in sys.stdin:
             print(ANSWER + json.dumps(runs.answer(json.loads(line))), flush=True)

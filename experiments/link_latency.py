@@ -1,9 +1,10 @@
-"""Latency of one image over a slow link: ResNet-50 on two hosts of one core each.
+"""Latency of one image over a slow link: ResNet-50 or DeiT-S on two hosts of one core each.
 
     pip install -e . onnx onnxruntime
     sudo python experiments/link_latency.py             # every rate, then memory and streams
     sudo python experiments/link_latency.py --nodes=4 --rates 100
     sudo python experiments/link_latency.py --cpu=0.4 --rates 100 --what latency
+    sudo python experiments/link_latency.py --model=deit_s --rates 300 100 30 --what latency
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import slow_link
-from link_host import ALONE, ANSWER, BEST, NOTHING, ONNX, ROWS, WAYS, host, prepare
+from link_host import ANSWER, BEST, NOTHING, ONNX, RIVALS, ROWS, WAYS, host, prepare
 
 Rows = dict[str, dict[str, float]]
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
@@ -39,9 +40,10 @@ class Hosts:
 
     ports = itertools.count(9876)
 
-    def __init__(self, plans: Path, nodes: int, way: str):
-        command = [sys.executable, __file__, f"--nodes={nodes}", f"--plans={plans}"]
-        command += [f"--port={next(self.ports)}", f"--way={way}"]
+    def __init__(self, args: argparse.Namespace, way: str):
+        self.way, self.ours, nodes = way, way in WAYS[args.model], args.nodes
+        command = [sys.executable, __file__, f"--nodes={nodes}", f"--plans={args.plans}"]
+        command += [f"--model={args.model}", f"--port={next(self.ports)}", f"--way={way}"]
         self.running = [slow_link.start(i, i % 2, [*command, f"--host={i}"]) for i in range(nodes)]
         self.bytes = self.answers()[0]
 
@@ -80,7 +82,8 @@ def sent(nodes: int) -> int:
 def measure(every: dict[str, Hosts], rounds: int, each: int) -> tuple[Rows, dict[str, float]]:
     """A row for every program, and the link; all take turns, for machines change their speed."""
     seconds: dict[str, list[float]] = {way: [] for way in every}
-    computing: dict[str, list[list[float]]] = {way: [] for way in every if way in WAYS}
+    ours = [way for way, hosts in every.items() if hosts.ours]
+    computing: dict[str, list[list[float]]] = {way: [] for way in ours}
     wire: dict[str, int] = dict.fromkeys(every, 0)
     links = []
     for _ in range(rounds):
@@ -89,9 +92,9 @@ def measure(every: dict[str, Hosts], rounds: int, each: int) -> tuple[Rows, dict
             before = sent(len(hosts.running))
             seconds[way] += hosts.seconds(each)
             wire[way] += sent(len(hosts.running)) - before
-            if way in WAYS:
+            if hosts.ours:
                 computing[way].append(hosts.ask("compute", iterations=each))
-        links.append(every[BEST].ask("link")[0])
+        links.append(every[ours[-1]].ask("link")[0])
     rows: Rows = {
         way: {
             "ms": round(1e3 * statistics.median(times), 2),
@@ -111,7 +114,7 @@ def slowest(found: list[list[list[float]]]) -> float:
     return round(1e3 * max(map(statistics.median, hosts)), 2)
 
 
-def predict(found: Rows, plans: Path, link: dict[str, float], mbit: float) -> None:
+def predict(found: Rows, ours: list[str], plans: Path, link: dict[str, float], mbit: float) -> None:
     """Adds to every way of ours the predicted latency, and the limit without overlap.
 
     The limit is bytes over the rate that was set, α for each message, and the computation.
@@ -121,7 +124,7 @@ def predict(found: Rows, plans: Path, link: dict[str, float], mbit: float) -> No
     from disco_jax.plan import CommunicationPlan
 
     measured = Link(**link)
-    for name in WAYS:
+    for name in ours:
         plan = CommunicationPlan.from_json((plans / name / "plan.json").read_text())
         row = found[name]
         row["predicted_ms"] = round(predicted(plan, measured, compute_ms=row["compute_ms"]).ms, 2)
@@ -131,15 +134,15 @@ def predict(found: Rows, plans: Path, link: dict[str, float], mbit: float) -> No
 
 def latencies(args: argparse.Namespace, ways: list[str]) -> None:
     """One line for each rate."""
-    every = {way: Hosts(args.plans, args.nodes, way) for way in ways}
-    differences = {way: max(every[way].ask("difference")) for way in WAYS}
+    every, ours = {way: Hosts(args, way) for way in ways}, list(WAYS[args.model])
+    differences = {way: max(every[way].ask("difference")) for way in ours}
     print("relative to one process that plays all nodes:", differences, flush=True)
     for rate in args.rates:
         slow_link.limit(args.nodes, rate)
         found, link = measure(every, rounds=4, each=max(1, args.iterations // 4))
-        for way in WAYS:
+        for way in ours:
             found[way]["difference"] = differences[way]
-        predict(found, args.plans, link, rate)
+        predict(found, ours, args.plans, link, rate)
         write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
     for hosts in every.values():
         hosts.close()
@@ -149,7 +152,7 @@ def memories(args: argparse.Namespace, ways: list[str]) -> None:
     """Peak resident memory of each program's process, above one that computes ``x + 1``."""
     peaks = {}
     for way in (NOTHING, *ways):
-        hosts = Hosts(args.plans, args.nodes, way)
+        hosts = Hosts(args, way)
         hosts.seconds(3)
         peaks[way] = hosts.ask("memory")[0]
         hosts.close()
@@ -165,7 +168,7 @@ def streams(args: argparse.Namespace, rate: float) -> None:
     ``limit`` is what the busier of the two would allow alone: a node's link, or its core.
     """
     slow_link.limit(args.nodes, rate)
-    every = [Hosts(args.plans, args.nodes, BEST) for _ in range(2)]
+    every = [Hosts(args, BEST) for _ in range(2)]
     ways = list(itertools.product((1, 2), (1, 2, 4, 8)))
     batches = {images: max(1, args.iterations // images) for _, images in ways}
     computing, seconds = [], dict.fromkeys(ways, 0.0)
@@ -200,7 +203,8 @@ def stream(running: list[Hosts], batches: int, images: int) -> float:
 
 
 def write(args: argparse.Namespace, row: dict[str, Any]) -> None:
-    row = {"nodes": args.nodes, **({"cpu": args.cpu} if args.cpu < 1 else {}), **row}
+    network = {} if args.model == "resnet50" else {"model": args.model}
+    row = {"nodes": args.nodes, **network, **({"cpu": args.cpu} if args.cpu < 1 else {}), **row}
     with args.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1), flush=True)
@@ -209,37 +213,41 @@ def write(args: argparse.Namespace, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", type=float, nargs="*", default=[1000, 300, 100, 30, 10])
+    parser.add_argument("--model", choices=WAYS, default="resnet50")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpu", type=float, default=1.0, help="share of a core that a host has")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--what", nargs="+", default=["latency", "memory", "streams"])
-    parser.add_argument("--plans", type=Path, help="where to keep the plans; runs/link-NODES")
+    parser.add_argument("--plans", type=Path, help="where to keep the plans; in runs/")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--port", type=int, default=9876, help=argparse.SUPPRESS)
     parser.add_argument("--host", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.plans = (args.plans or Path("runs") / f"link-{args.nodes}").absolute()
+    network = "" if args.model == "resnet50" else f"{args.model}-"
+    args.plans = (args.plans or Path("runs") / f"link-{network}{args.nodes}").absolute()
     if args.host is not None:
-        host(args.plans, args.nodes, args.host, args.port, args.way)
+        host(args.plans, args.model, args.nodes, args.host, args.port, args.way)
     elif args.prepare:
-        prepare(args.plans, args.nodes)
+        prepare(args.plans, args.model, args.nodes)
     else:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))
-        if not (args.plans / BEST).exists():
+        if not (args.plans / list(WAYS[args.model])[-1]).exists():
             command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
+            command += [f"--model={args.model}"]
             subprocess.run([*command, f"--plans={args.plans}"], check=True)
         with slow_link.hosts(args.nodes):
             slow_link.limit(args.nodes, 1000)
             if args.cpu < 1:
                 slow_link.slow_down(args.nodes, args.cpu)
-            ways = [*WAYS, *([ROWS] if args.nodes == 2 else []), ALONE]
+            ways = [*WAYS[args.model], *RIVALS[args.model]]
+            ways = [way for way in ways if way != ROWS or args.nodes == 2]
             if "latency" in args.what:
-                latencies(args, [*ways, ONNX])
+                latencies(args, ways)
             if "memory" in args.what:
-                memories(args, ways)
-            if "streams" in args.what:
+                memories(args, [way for way in ways if way != ONNX])
+            if "streams" in args.what and BEST in ways:
                 streams(args, 100)
 
 
