@@ -112,6 +112,9 @@ def reference(name):
     if name == "resnet50":
         theirs = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=10))
         return theirs, {}
+    if name == "convnext_t":
+        config = transformers.ConvNextConfig(num_labels=10, layer_scale_init_value=0.5)
+        return transformers.ConvNextForImageClassification(config), {}
     kind, width, depth, heads = {
         "vit_b": ("ViTForImageClassification", 768, 12, 12),
         "deit_s": ("DeiTForImageClassificationWithTeacher", 384, 12, 6),
@@ -128,7 +131,7 @@ def reference(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "vit_b", "deit_s"])
+@pytest.mark.parametrize("name", ["resnet50", "vit_b", "deit_s", "convnext_t"])
 def test_parity_with_transformers(name, tmp_path):
     """Logits of 224x224 images on two devices, masked and frozen at density 1."""
     theirs, options = reference(name)

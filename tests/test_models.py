@@ -28,7 +28,7 @@ def abstract(name, mesh, **kwargs):
     return nnx.eval_shape(lambda: dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **kwargs))
 
 
-# timm's numbers, and by hand for the smallest.
+# timm's and torchvision's numbers, and by hand for the smallest.
 TRANSFORMERS = {
     "vit_ti": 5_717_416,
     "vit_s": 22_050_664,
@@ -37,6 +37,9 @@ TRANSFORMERS = {
     "deit_ti": 5_910_800,
     "deit_s": 22_436_432,
     "deit_b": 87_338_192,
+    "convnext_t": 28_589_128,
+    "convnext_s": 50_223_688,
+    "convnext_b": 88_591_464,
     "vit_micro": 3_136 + 6 * (256 + 16_640 + 33_088) + 128 + 65_000,
 }
 

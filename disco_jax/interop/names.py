@@ -88,8 +88,35 @@ HUGGING_FACE_DEIT = _hugging_face_vit("deit") | {
     "heads.1": "distillation_classifier",
 }
 
+_CONVNEXT = "convnext.encoder.stages.{stage}"
+HUGGING_FACE_CONVNEXT = {
+    "stem": "convnext.embeddings.patch_embeddings",
+    "stem_norm": "convnext.embeddings.layernorm",
+    "stages.{stage}.norm": _CONVNEXT + ".downsampling_layer.0",
+    "stages.{stage}.conv": _CONVNEXT + ".downsampling_layer.1",
+    "stages.{stage}.blocks.{i}.depthwise": _CONVNEXT + ".layers.{i}.dwconv",
+    "stages.{stage}.blocks.{i}.norm": _CONVNEXT + ".layers.{i}.layernorm",
+    "stages.{stage}.blocks.{i}.dense{k}": _CONVNEXT + ".layers.{i}.pwconv{k}",
+    "stages.{stage}.blocks.{i}.ends.0.scale": _CONVNEXT + ".layers.{i}.layer_scale_parameter",
+    "norm": "convnext.layernorm",
+    "head": "classifier",
+}
+TIMM_CONVNEXT = {
+    "stem": "stem.0",
+    "stem_norm": "stem.1",
+    "stages.{stage}.norm": "stages.{stage}.downsample.0",
+    "stages.{stage}.conv": "stages.{stage}.downsample.1",
+    "stages.{stage}.blocks.{i}.depthwise": "stages.{stage}.blocks.{i}.conv_dw",
+    "stages.{stage}.blocks.{i}.norm": "stages.{stage}.blocks.{i}.norm",
+    "stages.{stage}.blocks.{i}.dense{k}": "stages.{stage}.blocks.{i}.mlp.fc{k}",
+    "stages.{stage}.blocks.{i}.ends.0.scale": "stages.{stage}.blocks.{i}.gamma",
+    "norm": "head.norm",
+    "head": "head.fc",
+}
+
 FAMILIES = {  # of each of our models
     "ResNet": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
+    "ConvNeXt": {"timm": TIMM_CONVNEXT, "Hugging Face": HUGGING_FACE_CONVNEXT},
     "VisionTransformer": {
         "timm ViT": TIMM_VIT,
         "timm DeiT": TIMM_DEIT,

@@ -13,6 +13,7 @@ from flax import nnx
 
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
+from disco_jax.models.convnext import ConvNeXt
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from disco_jax.models.vit import VisionTransformer
 from disco_jax.trace import name_exchanges
@@ -34,6 +35,9 @@ MODELS: dict[str, Callable[..., Any]] = {
     "deit_s": partial(VisionTransformer, 384, 12, 6, pool="distilled"),
     "deit_b": partial(VisionTransformer, 768, 12, 12, pool="distilled"),
     "vit_micro": partial(VisionTransformer, 64, 6, 4, patch=4, pool="mean", position="sincos"),
+    "convnext_t": partial(ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_s": partial(ConvNeXt, (3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_b": partial(ConvNeXt, (3, 3, 27, 3), (128, 256, 512, 1024)),
 }
 
 
