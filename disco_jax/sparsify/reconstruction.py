@@ -107,7 +107,7 @@ def reconstruction_scores(
       probe: share of the remote pairs that is left when the sensitivity is measured.
     """
     grams = _Grams(model, images)
-    problems = {path: grams(path, model, model) for path in grams.reading}
+    problems = grams.every(model)
     return _comparable(problems, model, grams.images, probe)
 
 
@@ -213,7 +213,7 @@ def post_training(
       budget, costs, rules, **options: see :class:`Choice`.
     """
     dense, grams, statistics = nnx.clone(model), _Grams(model, images), Statistics(model)
-    problems = {path: grams(path, model, model) for path in grams.reading}
+    problems = grams.every(model)
     scores = _comparable(problems, model, grams.images, density)
     choice = Choice(density, scores, budget, costs, tuple(rules), options=options)
     masks = choice.masks(scores)
@@ -258,11 +258,22 @@ class _Grams:
 
     def __call__(self, path: str, model: nnx.Module, dense: nnx.Module) -> list[Problem]:
         """``X̂`` as ``model`` sees it, ``X`` as ``dense`` does; the kernels are ``model``'s."""
-        found = []
+        found = [
+            self._products(path, self.see(model, batch)[path], self.see(dense, batch)[path])
+            for batch in self.images
+        ]
+        return self._problems(path, model, found)
+
+    def every(self, model: nnx.Module) -> dict[str, list[Problem]]:
+        """Of all exchanges, as the model sees its images now, which it goes through once."""
+        found: dict[str, list[Any]] = {path: [] for path in self.reading}
         for batch in self.images:
-            ours = self.see(model, batch)[path]
-            theirs = ours if dense is model else self.see(dense, batch)[path]
-            found.append(jax.tree.map(np.float64, self.multiply(path, ours, theirs)))
+            inputs = self.see(model, batch)
+            for path, products in found.items():
+                products.append(self._products(path, inputs[path], None))
+        return {path: self._problems(path, model, products) for path, products in found.items()}
+
+    def _problems(self, path: str, model: nnx.Module, found: list[Any]) -> list[Problem]:
         total = jax.tree.map(lambda *grams: sum(grams), *found)
         layers = [layer for _, layer in readers(model)[path]]
         return [
@@ -270,11 +281,16 @@ class _Grams:
             for (gram, cross), layer in zip(total, layers, strict=True)
         ]
 
-    def _multiply(self, path: str, ours: list[Array], theirs: list[Array]) -> Any:
+    def _products(self, path: str, ours: list[Array], theirs: list[Array] | None) -> Any:
+        return jax.tree.map(np.float64, self.multiply(path, ours, theirs))
+
+    def _multiply(self, path: str, ours: list[Array], theirs: list[Array] | None) -> Any:
         def products(layer: Any) -> tuple[Array, Array]:
             a = jnp.concatenate([patches(layer, x) for x in ours])
-            b = a if ours is theirs else jnp.concatenate([patches(layer, x) for x in theirs])
-            return a.T @ a, a.T @ b
+            gram = a.T @ a
+            if theirs is None:
+                return gram, gram
+            return gram, a.T @ jnp.concatenate([patches(layer, x) for x in theirs])
 
         return [products(layer) for layer in self.reading[path]]
 
