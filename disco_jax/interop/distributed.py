@@ -13,13 +13,13 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
-from disco_jax.errors import require
+from disco_jax.errors import DiscoError, require
 from disco_jax.gather import Everywhere
 from disco_jax.interop.execute import execute
 from disco_jax.interop.flow import Call, Flow, Gathered, Value
 from disco_jax.interop.foreign import Foreign
 from disco_jax.interop.planner import plan_flow
-from disco_jax.interop.stand_in import StandIn
+from disco_jax.interop.stand_in import StandIn, Unfit
 from disco_jax.mesh import NodeMesh
 from disco_jax.trace import modules
 
@@ -103,7 +103,13 @@ class Distributed(nnx.Module):
         self._decisions = decisions
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        call = Reading(self.model, self._decisions.stand_ins, arguments, keywords)
+        try:
+            call = Reading(self.model, self._decisions.stand_ins, arguments, keywords)
+        except Unfit as unfit:
+            raise DiscoError(
+                f"`{unfit.path}` cannot be split in this call: {unfit.reason}; pass "
+                f"rules=[({unfit.path!r}, 'whole')] to dj.distribute"
+            ) from None
         flow = self._decisions.plan(call.program)
         return call.finish(self.run(flow, call.arrays))
 

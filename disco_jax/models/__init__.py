@@ -15,6 +15,7 @@ from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.convnext import ConvNeXt
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from disco_jax.models.vgg import VGG
 from disco_jax.models.vit import VisionTransformer
 from disco_jax.trace import name_exchanges
 
@@ -38,6 +39,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "convnext_t": partial(ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768)),
     "convnext_s": partial(ConvNeXt, (3, 3, 27, 3), (96, 192, 384, 768)),
     "convnext_b": partial(ConvNeXt, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
 }
 
 
