@@ -32,7 +32,7 @@ def load(model: nnx.Module, path: Path | str, *, skip: Sequence[str] = ()) -> No
     torchvision (ResNet, ViT, VGG-16), timm (ResNet, ViT, DeiT, ConvNeXt) or Hugging Face's
     ``transformers`` (the same but for VGG), as ``.safetensors`` or, where torch is installed,
     ``.pth``; which of them it is, its names tell. Check that the model has the checkpoint's
-    ``epsilon`` (Hugging Face's ViT, DeiT and ConvNeXt: 1e-12), ``image_size`` and ``num_classes``.
+    ``epsilon`` (Hugging Face's ViT and DeiT: 1e-12), ``image_size`` and ``num_classes``.
 
     Args:
       model: a masked model.
