@@ -141,7 +141,7 @@ def _records(model: nnx.Module, events: list[tuple[Any, Any]], batch: int) -> Tr
     for module, value in events:
         path = paths[id(module)]
         # Some models fold other axes into that of the batch, windows of tokens say.
-        positions = math.prod(value.shape[:-1]) // batch
+        positions = max(1, math.prod(value.shape[:-1]) // batch)
         if hasattr(module, "kernel"):
             macs = positions * module.kernel.size // module.mesh.nodes
             computed.append(LayerRecord(path, paths[id(module.exchange)], positions, macs))

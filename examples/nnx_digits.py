@@ -55,8 +55,8 @@ def train_step(model, optimizer, images, labels):
 
 def main(steps=STEPS, density=0.2):
     """Trains and freezes; returns the test accuracy of the frozen model and the model."""
-    (images, labels), (test_images, test_labels) = data()
     nodes = dj.NodeMesh(nodes=2)  # first, so that JAX starts with two devices
+    (images, labels), (test_images, test_labels) = data()
     model = Network(nnx.Rngs(0))
     model = dj.distribute(model, dj.NodeMesh(nodes=2, emulate=True), images[:1])  # disco
     tx = optax.adam(3e-3)

@@ -44,8 +44,8 @@ def distribute(
     Args:
       model: a model as its author wrote it; it is not changed.
       mesh: the nodes.
-      images: an example of the input, or its ``jax.ShapeDtypeStruct``, or a tuple of several
-        inputs; by default images of a usual size that the model takes.
+      images: an example of the input, or its ``jax.ShapeDtypeStruct``, or a tuple of the call's
+        arguments; by default images of a usual size that the model takes.
       rules: ``(pattern, "whole")`` leaves a layer whose path the pattern finds whole on every
         node; ``(pattern, "node")`` lets a ``LayerNorm`` normalise each node's own channels, which
         saves its exchange and is another function. The first rule that fits counts.
@@ -67,6 +67,7 @@ def distribute(
         )
     whole = {path: "a rule" for path, rule in chosen.items() if rule == "whole"}
     whole |= dict.fromkeys(_tied(model, found), "other layers have the same weights")
+    whole |= _foreign_to_us(model, found)
     kinds = {path: kind for path, kind in found.items() if path not in whole}
     flow = _decide(model, kinds, whole, inputs, mesh.nodes)
     require(
@@ -76,6 +77,7 @@ def distribute(
         + "; build it from nnx.Conv, nnx.Linear or nnx.LinearGeneral",
     )
     scopes = {path: {"scope": "node"} for path, rule in chosen.items() if rule == "node"}
+    whole |= {path: "it is not called" for path in kinds if path not in flow.outputs}
     distributed = _build(model, kinds, flow, whole, mesh, scopes)
     name_exchanges(distributed)
     if whole or distributed.report.gathers:
@@ -87,7 +89,9 @@ def _example(model: nnx.Module, images: Any) -> tuple[Any, ...]:
     """Shapes of the inputs; where none are given, the first usual ones that the model takes."""
     if images is not None:
         inputs = images if isinstance(images, tuple) else (images,)
-        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, inputs
+        )
     first = [getattr(m, "in_features", None) for _, m in modules(model)]
     flat = {f for f in first if isinstance(f, int)}
     shapes = [(1, size, size, channels) for channels in (3, 1) for size in _SIZES]
@@ -105,6 +109,19 @@ def _example(model: nnx.Module, images: Any) -> tuple[Any, ...]:
         f"usual shapes, from {shapes[0]} to {shapes[-1]} (the first was refused with: {error}); "
         "pass an example, images=jax.ShapeDtypeStruct(shape, dtype)"
     )
+
+
+def _foreign_to_us(model: nnx.Module, found: Mapping[str, Foreign]) -> dict[str, str]:
+    """Layers with weights that stay as they are, whoever calls them."""
+    whole = {}
+    for path, module in modules(model):
+        if path not in found and isinstance(getattr(module, "kernel", None), nnx.Variable):
+            whole[path] = f"{type(module).__name__} is none of the layers that can be split"
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
+            inside = f"{path}.".lstrip(".")
+            mine = [name for name in found if name.startswith(inside)]
+            whole |= dict.fromkeys(mine, f"a {type(module).__name__} changes its weights")
+    return whole
 
 
 def _abstract(model: nnx.Module) -> nnx.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
@@ -22,6 +25,8 @@ from disco_jax.interop.planner import plan_flow
 from disco_jax.interop.stand_in import StandIn, Unfit
 from disco_jax.mesh import NodeMesh
 from disco_jax.trace import modules
+
+log = logging.getLogger("disco_jax")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,9 +136,13 @@ class Distributed(nnx.Module):
             return layer(readable[key])
 
         def gather(step: Gathered, x: Array) -> Array:
-            if step.name not in self.gathers:
-                self.gathers[step.name] = Everywhere(step.layout.width, mesh=self.mesh)
-            return self.gathers[step.name](x)
+            if step.name in self.gathers:
+                return self.gathers[step.name](x)
+            made = Everywhere(step.layout.width, mesh=self.mesh)
+            # Under a transformation of JAX's the model cannot be changed.
+            with contextlib.suppress(TraceContextError):
+                self.gathers[step.name] = made
+            return made(x)
 
         return execute(flow, arrays, self.mesh, call, gather)
 
@@ -154,6 +163,7 @@ class Reading:
         self._own = [(p, v) for p, v in flat if not _under(p, stand_ins)]
         layers = [(p, v) for p, v in flat if _under(p, stand_ins)]
         tree: Any
+        _refuse_state((arguments, keywords))
         leaves, tree = jax.tree.flatten((tuple(arguments), dict(keywords)))
         dynamic = [_is_array(leaf) for leaf in leaves]
         given = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
@@ -164,14 +174,20 @@ class Reading:
                 next(rest) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)
             )
             variables = [(p, v.replace(x)) for (p, v), x in zip(self._own, own, strict=True)]
-            merged: Any = nnx.merge(graph, nnx.from_flat_state([*variables, *layers]))
+            ours = [(p, v.replace(v.get_value())) for p, v in layers]
+            merged: Any = nnx.merge(graph, nnx.from_flat_state([*variables, *ours]))
             out = merged(*args, **kwargs)
             after = dict(nnx.to_flat_state(nnx.state(merged)))
+            new = sorted(".".join(map(str, p)) for p in after.keys() - {p for p, _ in flat})
+            if new:
+                log.warning("what the call adds to the model is not kept: %s", ", ".join(new))
             return out, [after[p].get_value() for p, _ in self._own]
 
         own = [v.get_value() for _, v in self._own]
         self.arrays = [*own, *given]
-        self.program, (shapes, _) = jax.make_jaxpr(call, return_shape=True)(own, given)
+        # Without shardings, which would become equations.
+        bare = [[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs] for xs in (own, given)]
+        self.program, (shapes, _) = jax.make_jaxpr(call, return_shape=True)(*bare)
         self._tree: Any = jax.tree.structure(shapes)
 
     def finish(self, results: Sequence[Array]) -> Any:
@@ -193,6 +209,17 @@ class Reading:
 
 def _under(path: tuple[Any, ...], stand_ins: Collection[str]) -> bool:
     return any(".".join(map(str, path[:i])) in stand_ins for i in range(len(path)))
+
+
+def _refuse_state(arguments: Any) -> None:
+    """What a call changes in its arguments would be lost."""
+    state = (nnx.Module, nnx.Rngs, nnx.RngStream, nnx.Variable)
+    for leaf in jax.tree.leaves(arguments, is_leaf=lambda leaf: isinstance(leaf, state)):
+        require(
+            not isinstance(leaf, state),
+            f"an argument of the distributed model is a {type(leaf).__name__}, whose changes would "
+            "be lost; give it to the model when it is made, and arrays to the call",
+        )
 
 
 def _is_array(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,9 @@ def execute(
 
 
 def _gathered(op: Gathered, x: Array, gather: Callable[[Gathered, Array], Array]) -> Array:
+    if x.ndim == 1:  # without a batch
+        layout = op.layout.at(1)
+        return _gathered(dataclasses.replace(op, layout=layout), x[None], gather)[0]
     axis = op.layout.axis
     whole = jnp.moveaxis(gather(op, jnp.moveaxis(x, axis, -1)), -1, axis)
     if _one_block(whole, op.layout):  # a single node's share of a program hears only itself

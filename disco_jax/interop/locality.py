@@ -186,14 +186,14 @@ def _slice(eqn: JaxprEqn, layouts: Layouts) -> Local | None:
     assert layout is not None
     start, limit = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
     strides, axis = eqn.params["strides"], layout.axis
-    if limit[axis] - start[axis] == _shapes(eqn)[0][axis]:
+    step = strides[axis] if strides else 1
+    if limit[axis] - start[axis] == _shapes(eqn)[0][axis] and step == 1:
 
         def run(block: Array) -> Sequence[Array]:
             until = [*limit[:axis], block.shape[axis], *limit[axis + 1 :]]
             return [lax.slice(block, start, until, strides)]
 
         return Local(run, (layout,), (layout,))
-    step = strides[axis] if strides else 1
     found = take_slots(
         layout, lambda i: (i >= start[axis]) & (i < limit[axis]) & ((i - start[axis]) % step == 0)
     )
@@ -322,6 +322,11 @@ def _dot_general(eqn: JaxprEqn, layouts: Layouts) -> Local | None:
     return Local(_bound(eqn), tuple(wants), (layout.at(place),))
 
 
+def _identity(eqn: JaxprEqn, layouts: Layouts) -> Local | None:
+    """Where an author wants an array to lie says nothing about the nodes."""
+    return Local(lambda block: [block], tuple(layouts), tuple(layouts))
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(
@@ -342,6 +347,8 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "pad": _pad,
+    "reshard": _identity,
+    "sharding_constraint": _identity,
     "reshape": _reshape,
     "rev": _along_other_axes("dimensions"),
     "slice": _slice,

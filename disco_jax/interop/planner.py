@@ -220,8 +220,9 @@ class _Planner(Builder):
         shape = (*aval.shape[: len(aval.shape) - len(dims)], math.prod(dims))
         made = jax.ShapeDtypeStruct(shape, aval.dtype)
         out = self.new(made, Layout(len(shape) - 1, order, maker))
-        self._clean.add(out.slot)
         self.add(Call(path, dict(eqn.params["keywords"])), [read], [out])
+        out = self.filled(out, 0)  # which also keeps gradients from dead channels
+        self._clean.add(out.slot)
         return out if shape == aval.shape else self.reshaped(out, aval.shape)
 
     def _readable(self, path: str, kind: Kind, value: Value) -> Value:
@@ -232,7 +233,8 @@ class _Planner(Builder):
         if value.layout is not None:
             last = value.layout.dead_last()
             value = self.lying(value, last if last and last.unit() else None)
-        value = self.lying(value, self.flow.inputs.setdefault(path, value.layout))
+        known = self.flow.inputs.setdefault(path, value.layout)
+        value = self.lying(value, known and known.at(len(value.shape) - 1))
         value = self.filled(value, 0)
         self.flow.exchanged.setdefault(path, value.slot)
         return value
@@ -247,6 +249,9 @@ class _Planner(Builder):
 
 
 def _reason(kind: Kind, value: Value) -> str:
+    axes = len(value.shape)
+    if kind.fits(None, axes + 1) and not kind.fits(None, axes):
+        return "it is called without a batch axis"
     if value.layout is None:
         return "every node has all of its input"
     if value.layout.axis < len(value.shape) - kind.reads:
@@ -259,8 +264,12 @@ def _neutral(reduction: str, dtype: Any) -> Any:
     kind = reduction.removeprefix("reduce_")
     if kind in ("sum", "or"):
         return 0
-    if kind in ("prod", "and"):
+    if kind == "prod":
         return 1
+    if kind == "and":
+        return -1  # all bits
+    if dtype == jnp.bool_:
+        return kind == "min"
     if jnp.issubdtype(dtype, jnp.integer):
         ends = jnp.iinfo(dtype)
         return ends.min if kind == "max" else ends.max

@@ -49,10 +49,14 @@ class StandIn(nnx.Module):
     def __init__(self, original: nnx.Module, path: str):
         self.layer: nnx.Module | None = nnx.data(None)
         self.path = path
+        self._original = type(original)
         self._shapes = Shapes(original)
         self._settings = Settings(original)
 
     def __call__(self, x: Array, *arguments: Any, **keywords: Any) -> Array:
+        if issubclass(self._original, nnx.BatchNorm) and len(arguments) == 1:
+            keywords = {"use_running_average": arguments[0], **keywords}
+            arguments = ()
         keywords = {name: value for name, value in keywords.items() if value is not None}
         if arguments or keywords.keys() - {"use_running_average"}:
             raise Unfit(self.path, "it is called with more than one input")
@@ -60,6 +64,11 @@ class StandIn(nnx.Module):
         return layer_p.bind(
             x, path=self.path, keywords=tuple(keywords.items()), shape=out.shape, dtype=out.dtype
         )
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What the author's ``isinstance`` sees; ``type`` tells the truth."""
+        return vars(self).get("_original", StandIn)
 
     def __getattr__(self, name: str) -> Any:
         # The author's code may ask how the layer was made, but for its weights we have no answer.
@@ -83,12 +92,16 @@ class Settings:
         }
 
 
-def _refuse(values: Sequence[Any], *_: Any, path: str, **__: Any) -> Any:
+def _transformed(values: Sequence[Any], *_: Any, path: str, **__: Any) -> Any:
     raise Unfit(path, "it is called inside jax.vmap or jax.grad")
 
 
-layer_p.def_impl(lambda x, **_: _refuse((x,), path=_["path"]))
+def _alone(*_: Any, path: str, **__: Any) -> Any:
+    raise Unfit(path, "layers run only when the distributed model itself is called")
+
+
+layer_p.def_impl(_alone)
 layer_p.def_abstract_eval(lambda x, *, shape, dtype, **_: jax.core.ShapedArray(shape, dtype))
-batching.primitive_batchers[layer_p] = _refuse
-ad.primitive_jvps[layer_p] = _refuse
-mlir.register_lowering(layer_p, lambda *_, path, **__: _refuse((), path=path))
+batching.primitive_batchers[layer_p] = _transformed
+ad.primitive_jvps[layer_p] = _transformed
+mlir.register_lowering(layer_p, _alone)

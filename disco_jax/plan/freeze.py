@@ -152,8 +152,14 @@ def move(model: nnx.Module, mesh: NodeMesh) -> None:
         for variable in vars(module).values():
             value = variable.get_value() if isinstance(variable, nnx.Variable) else None
             if isinstance(value, jax.Array):
-                spec = getattr(value.sharding, "spec", ())
-                variable.set_value(mesh.put(np.asarray(value), *spec))
+                variable.set_value(_moved(value, mesh))
+
+
+def _moved(value: jax.Array, mesh: NodeMesh) -> jax.Array:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = _moved(jax.random.key_data(value), mesh)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    return mesh.put(np.asarray(value), *getattr(value.sharding, "spec", ()))
 
 
 def _hops(

@@ -74,7 +74,10 @@ def share(frozen: Frozen, node: int) -> Program:
     return Program(model)
 
 
-def _cut(value: jax.Array, node: int, nodes: int, mesh: NodeMesh) -> Shaped[np.ndarray, "..."]:
+def _cut(value: jax.Array, node: int, nodes: int, mesh: NodeMesh) -> Any:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = _cut(jax.random.key_data(value), node, nodes, mesh)
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(value))
     spec = tuple(getattr(value.sharding, "spec", ()))
     return _part(value, spec.index(NODE), node, mesh) if NODE in spec else _local(value)
 
