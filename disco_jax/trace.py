@@ -126,7 +126,7 @@ def trace(model: nnx.Module, images: Images) -> Trace:
         merged.eval()
         with recording() as events:
             merged(images)
-        records.append(_records(merged, events, len(images)))
+        records.append(_records(merged, events, images.shape[0]))
         return ()
 
     records: list[Trace] = []

@@ -163,6 +163,7 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     changes = dict(METHODS[run.method])
     changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
+    # What no mask thins of a ResNet are its logits, a five-thousandth at most.
     whole = statistics(c) if run.model == "vit_micro" else 0.0
     density = 32 / wire.BITS[c.wire_dtype] * (1 / run.times_less - whole) / (1 - whole)
     c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)

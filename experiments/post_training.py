@@ -173,6 +173,7 @@ def run(
         "seed": seed,
         "nodes": args.nodes,
         "times_less": args.times_less,
+        "crops": args.crops,
         "traffic": frozen.plan.traffic_bytes,
         "dense_traffic": frozen.plan.dense_traffic_bytes,
         **agreement(logits(frozen, test), dense),
@@ -221,11 +222,11 @@ def main() -> None:
     off = check(model, path, crops(photos[:4], 1, 0))
     print(f"{len(photos)} photographs; off ONNX Runtime: {off:.1e}")
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    keys = ("method", "seed", "nodes", "times_less")
+    keys = ("method", "seed", "nodes", "times_less", "crops")
     done = {tuple(row[key] for key in keys) for row in map(json.loads, lines)}
     for method in args.methods:
         for seed in args.seeds:
-            if (method, seed, args.nodes, args.times_less) not in done:
+            if (method, seed, args.nodes, args.times_less, args.crops) not in done:
                 row = run(model, method, seed, photos, args)
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -14,7 +14,8 @@ from jaxtyping import Array, Int
 
 from disco_jax.interop.flow import Flow, Gathered, Order, Plain, Step, Value
 from disco_jax.interop.layout import Layout, reshaped
-from disco_jax.interop.locality import Local, reshape
+from disco_jax.interop.local import Local
+from disco_jax.interop.locality import reshape
 
 
 class Builder:

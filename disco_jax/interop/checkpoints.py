@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx, traverse_util
@@ -118,7 +118,7 @@ def translate(model: nnx.Module, tensors: Tensors, ours: Iterable[str]) -> tuple
     ours, families = list(ours), FAMILIES.get(type(model).__name__, {})
     names = max(
         (_names(ours, rules, model) for rules in families.values()),
-        key=lambda names: sum(_tensor(name) in tensors for name in names.values()),
+        key=lambda names: sum(_parts(name).tensors[0] in tensors for name in names.values()),
         default={},
     )
     values = {name: _value(theirs, tensors) for name, theirs in names.items()}
@@ -127,7 +127,7 @@ def translate(model: nnx.Module, tensors: Tensors, ours: Iterable[str]) -> tuple
 
 def unused(tensors: Tensors, names: Names) -> list[str]:
     """Tensors of the file that no variable of ours asks for."""
-    asked = {part for name in names.values() for part in _parts(name.partition("<")[0])[0]}
+    asked = {tensor for name in names.values() for tensor in _parts(name).tensors}
     return sorted(t for t in tensors if t not in asked and not re.search(UNUSED, t))
 
 
@@ -165,38 +165,36 @@ def _fields(numbers: dict[str, int], model: Any) -> dict[str, int]:
     return fields
 
 
-def _parts(theirs: str) -> tuple[list[str], tuple[int, int]]:
-    """The tensors that a name stands for, and which of how many parts.
+class _Parts(NamedTuple):
+    """The tensors that a name stands for, which of how many parts, and the shape behind axis 0."""
 
-    >>> _parts("a+b"), _parts("qkv.weight[1/3]")
-    ((['a', 'b'], (0, 1)), (['qkv.weight'], (1, 3)))
+    tensors: list[str]
+    part: int = 0
+    of: int = 1
+    shape: tuple[int, ...] = ()
+
+
+def _parts(theirs: str) -> _Parts:
+    """Reads a name of ``names.py``.
+
+    >>> _parts("a+b").tensors, _parts("qkv.weight[1/3]")[:3], _parts("fc<-1x7x7>").shape
+    (['a', 'b'], (['qkv.weight'], 1, 3), (-1, 7, 7))
     """
-    match = re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", theirs)
-    if match:
-        return [match[1]], (int(match[2]), int(match[3]))
-    return theirs.split("+"), (0, 1)
+    if match := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", theirs):
+        return _Parts([match[1]], int(match[2]), int(match[3]))
+    if match := re.fullmatch(r"(.*)<(.*)>", theirs):
+        return _Parts([match[1]], shape=tuple(map(int, match[2].split("x"))))
+    return _Parts(theirs.split("+"))
 
 
 def _value(theirs: str, tensors: Tensors) -> Shaped[np.ndarray, "..."] | None:
-    theirs, _, window = theirs.rstrip(">").partition("<")
-    names, (part, of) = _parts(theirs)
+    names, part, of, shape = _parts(theirs)
     if not all(name in tensors for name in names):
         return None
-    if window and tensors[names[0]].ndim == 2:
-        return tensors[names[0]].reshape(-1, *_window(window, tensors[names[0]].shape[1]))
     value = np.concatenate([tensors[n] for n in names], 1) if len(names) > 1 else tensors[names[0]]
+    if shape and value.ndim == 2:
+        return value.reshape(len(value), *shape)
     return np.split(value, of)[part] if len(value) % of == 0 else value
-
-
-def _tensor(theirs: str) -> str:
-    """The first tensor that a name stands for."""
-    return _parts(theirs.partition("<")[0])[0][0]
-
-
-def _window(text: str, columns: int) -> list[int]:
-    """Channels, rows and columns: ``"-1x7x7"`` of 98 is ``[2, 7, 7]``."""
-    _, *window = map(int, text.split("x"))
-    return [columns // int(np.prod(window)), *window]
 
 
 def _layout(value: Shaped[np.ndarray, "..."], name: str) -> Shaped[np.ndarray, "..."]:

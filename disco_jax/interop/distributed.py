@@ -59,7 +59,7 @@ class Decisions:
 
     def __init__(self, kinds: Mapping[str, Foreign], flow: Flow, nodes: int):
         # Without the originals, whose weights are in our layers now.
-        self.kinds = {path: dataclasses.replace(k, original=_Bare(k)) for path, k in kinds.items()}
+        self.kinds = {path: dataclasses.replace(k, original=None) for path, k in kinds.items()}
         self.inputs, self.outputs, self.nodes = dict(flow.inputs), dict(flow.outputs), nodes
         self.stand_ins = frozenset(kinds)
 
@@ -77,14 +77,6 @@ class Decisions:
             "distributed; pass rules=[(its path, 'whole')] to dj.distribute, or images like these",
         )
         return flow
-
-
-class _Bare:
-    """The settings of a layer of Flax's that its kind still asks for."""
-
-    def __init__(self, kind: Foreign):
-        for name in ("in_features", "out_features", "kernel_size", "feature_group_count"):
-            setattr(self, name, getattr(kind.original, name, None))
 
 
 class Distributed(nnx.Module):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from disco_jax.interop.flow import Call, Flow, Gathered, Plain, Step, Value
+from disco_jax.interop.flow import Call, Flow, Gathered, Plain, Step, Value, run_alone
 from disco_jax.interop.layout import Layout
-from disco_jax.interop.locality import Local
+from disco_jax.interop.local import Local
 from disco_jax.mesh import NODE, NodeMesh
 
 Memory = dict[int, Any]
@@ -84,10 +84,7 @@ def _run_segment(steps: Sequence[Step], memory: Memory, mesh: NodeMesh, needed: 
 
     def on_node(*blocks: Array) -> list[Array]:
         own = dict(zip(read, blocks, strict=True))
-        for step in steps:
-            assert isinstance(step.op, Local)
-            out = step.op.run(*(own[v.slot] for v in step.ins))
-            own |= {v.slot: x for v, x in zip(step.outs, out, strict=True)}
+        run_alone(steps, own)
         return [own[v.slot] for v in kept]
 
     results = jax.shard_map(

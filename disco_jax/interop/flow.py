@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Array, Int
 
 from disco_jax.interop.layout import Layout
-from disco_jax.interop.locality import Local
+from disco_jax.interop.local import Local
 
 Order = Int[np.ndarray, "n p"]
 
@@ -56,6 +56,14 @@ class Step:
     op: Local | Plain | Gathered | Call
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
+
+
+def run_alone(steps: Iterable[Step], memory: dict[int, Any]) -> None:
+    """Runs steps that need no other node, in ``memory``."""
+    for step in steps:
+        assert isinstance(step.op, Local | Plain)
+        results = step.op.run(*(memory[v.slot] for v in step.ins))
+        memory |= {v.slot: x for v, x in zip(step.outs, results, strict=True)}
 
 
 class Kind(Protocol):

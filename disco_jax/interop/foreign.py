@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,15 +19,18 @@ from disco_jax.interop.flow import Order
 from disco_jax.interop.layout import Layout
 from disco_jax.mesh import NODE, NodeMesh
 
+_WEIGHTS = ("use_bias", "dtype", "param_dtype", "precision")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """``nnx.Linear``, and ``nnx.LinearGeneral`` over the last axes of its input."""
+    """``nnx.Linear``, and ``nnx.LinearGeneral`` over the last ``reads`` axes of its input."""
 
     original: Any
-    reads: int
     features: int
     dims: tuple[int, ...]
+    reads: int = 1
+    groups: int = 1
 
     def fits(self, layout: Layout | None, ndim: int) -> bool:
         return ndim > self.reads and (layout is None or layout.axis >= ndim - self.reads)
@@ -42,17 +44,13 @@ class Dense:
             int(np.prod(self.dims)),
             exchange=read,
             pad=True,
-            unit=_unit(outputs),
+            unit=Layout(0, outputs).unit() or 1,
             kernel_init=nnx.initializers.zeros,
             rngs=nnx.Rngs(0),
-            **_settings(self.original, "use_bias", "dtype", "param_dtype", "precision"),
+            **_settings(self.original, *_WEIGHTS),
         )
         kernel = _numbers(self.original.kernel).reshape(self.features, -1)
         return _filled(layer, kernel, self.original.bias, inputs, outputs)
-
-    @property
-    def groups(self) -> int:
-        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +58,14 @@ class Conv:
     """``nnx.Conv``; a grouped one keeps whole groups on each node."""
 
     original: Any
+    features: int
+    dims: tuple[int, ...]
+    rank: int
+    groups: int
     reads: int = 1
 
-    @property
-    def features(self) -> int:
-        return int(self.original.in_features)
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (int(self.original.out_features),)
-
-    @property
-    def groups(self) -> int:
-        return int(self.original.feature_group_count)
-
     def fits(self, layout: Layout | None, ndim: int) -> bool:
-        if ndim != len(self.original.kernel_size) + 2:
+        if ndim != self.rank + 2:
             return False
         if self.groups == 1:
             return layout is None or layout.axis == ndim - 1
@@ -102,26 +92,16 @@ class Conv:
         return (groups[:, :, None] * out + np.arange(out)).reshape(layout.nodes, -1)
 
     def build(self, read: Reader, inputs: Layout | None, outputs: Order) -> Any:
+        windows = ("kernel_size", "strides", "padding", "input_dilation", "kernel_dilation")
         layer = layers.Conv(
             self.features,
             self.dims[0],
             exchange=read,
             pad=True,
+            feature_group_count=self.groups,
             kernel_init=nnx.initializers.zeros,
             rngs=nnx.Rngs(0),
-            **_settings(
-                self.original,
-                "kernel_size",
-                "strides",
-                "padding",
-                "input_dilation",
-                "kernel_dilation",
-                "feature_group_count",
-                "use_bias",
-                "dtype",
-                "param_dtype",
-                "precision",
-            ),
+            **_settings(self.original, *windows, *_WEIGHTS),
         )
         kernel = _numbers(self.original.kernel)
         order = inputs if self.groups == 1 else None
@@ -135,7 +115,6 @@ class Norm:
     original: Any
     reads: int = 1
     dims: tuple[int, ...] = ()
-    groups: int = 0
 
     def fits(self, layout: Layout | None, ndim: int) -> bool:
         if layout is None or layout.axis != ndim - 1:
@@ -172,18 +151,22 @@ Foreign = Dense | Conv | Norm
 def foreign(module: Any) -> Foreign | None:
     """A layer of Flax's that ours can replace, or None."""
     if type(module) is nnx.Linear and _usual(module, dot_general=lax.dot_general):
-        return Dense(module, 1, int(module.in_features), (int(module.out_features),))
-    if type(module) is nnx.LinearGeneral and _usual(
-        module, dot_general=None, dot_general_cls=None, batch_axis=Mapping
-    ):
+        return Dense(module, int(module.in_features), (int(module.out_features),))
+    if type(module) is nnx.LinearGeneral and _usual(module, dot_general=None, dot_general_cls=None):
         reads = len(module.axis)
-        if module.axis == tuple(range(-reads, 0)):
+        if module.axis == tuple(range(-reads, 0)) and not module.batch_axis:
             dims = tuple(map(int, module.out_features))
-            return Dense(module, reads, int(np.prod(module.in_features)), dims)
+            return Dense(module, int(np.prod(module.in_features)), dims, reads)
     if type(module) is nnx.Conv and _usual(
         module, conv_general_dilated=lax.conv_general_dilated, mask=None
     ):
-        return Conv(module)
+        return Conv(
+            module,
+            int(module.in_features),
+            (int(module.out_features),),
+            len(module.kernel_size),
+            int(module.feature_group_count),
+        )
     if type(module) is nnx.BatchNorm and module.axis == -1 and _usual(module, axis_name=None):
         return Norm(module)
     if type(module) is nnx.LayerNorm and _usual(module, axis_name=None):
@@ -195,13 +178,8 @@ def foreign(module: Any) -> Foreign | None:
 def _usual(module: Any, **expected: Any) -> bool:
     """Whether nothing of the layer was replaced by its user, and it is not one of a stack."""
     expected |= {"promote_dtype": dtypes.promote_dtype, "preferred_element_type": None}
-    for name, value in expected.items():
-        found = getattr(module, name, value)
-        if value is Mapping:
-            if found:
-                return False
-        elif found is not value:
-            return False
+    if any(getattr(module, name, value) is not value for name, value in expected.items()):
+        return False
     kernel, scale = getattr(module, "kernel", None), getattr(module, "scale", None)
     if kernel is not None:
         window = getattr(module, "kernel_size", ())
@@ -249,7 +227,3 @@ def _filled(
 
 def _settings(module: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(module, name) for name in names}
-
-
-def _unit(order: Order) -> int:
-    return Layout(0, order).unit() or 1

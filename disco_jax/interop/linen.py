@@ -18,8 +18,6 @@ from disco_jax import layers
 from disco_jax.errors import require
 from disco_jax.sparsify.transform import find_masks
 
-MASKS = "Mask"
-
 DiscoConv = partial(nnx.bridge.to_linen, layers.Conv)
 DiscoDense = partial(nnx.bridge.to_linen, layers.Dense)
 DiscoBatchNorm = partial(nnx.bridge.to_linen, layers.BatchNorm)

@@ -15,9 +15,10 @@ from jaxtyping import Array
 
 from disco_jax.interop import programs
 from disco_jax.interop.builder import Builder
-from disco_jax.interop.flow import Call, Flow, Kind, Order, Plain, Value
+from disco_jax.interop.flow import Call, Flow, Kind, Order, Plain, Value, run_alone
 from disco_jax.interop.layout import Layout, dealt, in_order, orders_for_reshape
-from disco_jax.interop.locality import Local, local
+from disco_jax.interop.local import Local
+from disco_jax.interop.locality import local
 from disco_jax.interop.stand_in import layer_p
 from disco_jax.sparsify.channels import ELEMENTWISE, REDUCTIONS
 
@@ -166,10 +167,7 @@ class _Planner(Builder):
 
         def run(*blocks: Array) -> list[Array]:
             memory = dict(flow.constants) | {v.slot: b for v, b in zip(values, blocks, strict=True)}
-            for step in flow.steps:
-                assert isinstance(step.op, Local | Plain)
-                out = step.op.run(*(memory[v.slot] for v in step.ins))
-                memory |= {v.slot: x for v, x in zip(step.outs, out, strict=True)}
+            run_alone(flow.steps, memory)
             return [memory[v.slot] for v in results]
 
         return run, tuple(v.layout for v in results)

@@ -51,10 +51,10 @@ class Stage(nnx.Module):
         width: int,
         blocks: Sequence[Layer],
         *,
+        halves: bool,
         conv: Layer,
         norm: Layer,
     ):
-        halves = c_in != width
         self.norm = norm(c_in) if halves else None
         self.conv = conv(c_in, width, (2, 2), (2, 2), padding="VALID") if halves else None
         self.blocks = nnx.List(block(width) for block in blocks)
@@ -127,7 +127,8 @@ class ConvNeXt(nnx.Module):
         first = 0
         for c_in, width, depth in zip((widths[0], *widths), widths, depths, strict=False):
             blocks = [block(i) for i in range(first, first + depth)]
-            self.stages.append(Stage(c_in, width, blocks, conv=conv, norm=norm))
+            halves = len(self.stages) > 0
+            self.stages.append(Stage(c_in, width, blocks, halves=halves, conv=conv, norm=norm))
             first += depth
         self.norm = norm(widths[-1])
         self.head = dense(widths[-1], num_classes)

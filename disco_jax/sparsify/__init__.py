@@ -5,6 +5,7 @@ from disco_jax.sparsify.assignment import assign
 from disco_jax.sparsify.budget import BUDGETS, by_cost, per_link, relative, uniform
 from disco_jax.sparsify.calibrate import channel_norms, reestimate_statistics
 from disco_jax.sparsify.choice import Choice, check_choice
+from disco_jax.sparsify.pruning import prune
 from disco_jax.sparsify.quantise import quantise
 from disco_jax.sparsify.reconstruction import post_training, reconstruction_scores
 from disco_jax.sparsify.schedules import SCHEDULES, constant, cubic, linear, one_shot
@@ -14,7 +15,6 @@ from disco_jax.sparsify.transform import (
     SparseExchangeState,
     allow_regrowth,
     apply_masks,
-    prune,
     sparse_exchange,
     wire_costs,
 )

@@ -29,28 +29,29 @@ def kernel_readers(params: Any) -> tuple[Readers, NodeMesh | None]:
     Raises:
       DiscoError: if a kernel reads an exchange that has no name yet.
     """
-    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    data = [(_name(path), metadata_of(v)) for path, v in leaves if _is_variable(v)]
-    named = [(name, m["exchange"], m) for name, m in data if "exchange" in m]
-    for name, exchange, _ in named:
+    named = [(name, m) for name, m in metadata(params) if "exchange" in m]
+    for name, m in named:
         require(
-            exchange != UNNAMED,
+            m["exchange"] != UNNAMED,
             f"`{name}` reads an exchange that has no name yet; call "
             "disco_jax.name_exchanges(model) before the optimiser is made",
         )
-    own = "{}exchange".format
-    mesh = named[0][2]["node_mesh"] if named else None
-    return tuple(
-        (name, own(name.removesuffix("kernel")) if exchange == OWN else exchange, m["features"])
-        for name, exchange, m in named
-    ), mesh
+    mesh = named[0][1]["node_mesh"] if named else None
+    return tuple((name, _exchange(name, m["exchange"]), m["features"]) for name, m in named), mesh
 
 
-def metadata_of(variable: Any) -> dict[str, Any]:
-    """What a parameter of NNX, or one of NNX in a Linen model, says about itself."""
-    if isinstance(variable, NNXMeta):
-        return variable.metadata
-    return variable.get_metadata()
+def _exchange(kernel: str, exchange: str) -> str:
+    return kernel.removesuffix("kernel") + "exchange" if exchange == OWN else exchange
+
+
+def metadata(params: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What each parameter of an NNX model, or of NNX layers in a Linen model, says of itself."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
+    return [
+        (_name(path), v.metadata if isinstance(v, NNXMeta) else v.get_metadata())
+        for path, v in leaves
+        if _is_variable(v)
+    ]
 
 
 def group_kernels(params: Any, readers: Readers) -> Kernels:

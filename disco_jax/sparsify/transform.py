@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from flax.nnx.bridge import NNXMeta
 from jaxtyping import Array, Float, Int
 
 from disco_jax.errors import require
@@ -26,7 +25,7 @@ from disco_jax.sparsify.groups import (
     group_kernels,
     kernel_readers,
     map_kernels,
-    metadata_of,
+    metadata,
 )
 from disco_jax.sparsify.schedules import SCHEDULES
 from disco_jax.sparsify.scores import l2
@@ -245,9 +244,7 @@ def _add_lasso(
 
 
 def _allows_regrowth(params: Any) -> bool:
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable | NNXMeta))
-    found = [metadata_of(v) for v in leaves if isinstance(v, nnx.Variable | NNXMeta)]
-    return all(m.get("dense_gradient", False) for m in found if "exchange" in m)
+    return all(m.get("dense_gradient", False) for _, m in metadata(params) if "exchange" in m)
 
 
 def allow_regrowth(model: nnx.Module) -> None:
@@ -293,48 +290,6 @@ def find_masks(state: Any) -> Masks:
 
 def _states(state: Any) -> list[Any]:
     return jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, SparseExchangeState))
-
-
-def prune(
-    model: nnx.Module,
-    density: float,
-    score: str | Mapping[str, Float[Array, "node channel"]] = "l2",
-    *,
-    budget: str | Budget = "uniform",
-    costs: Mapping[str, float] | None = None,
-    rules: Rules = (),
-    norms: Mapping[str, Float[Array, "channel"]] | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> None:
-    """Sets every mask in place, in one shot, to the best ``density`` of the remote pairs.
-
-    Args:
-      model: a masked model.
-      density, score, budget, costs, rules, norms, seed, **options: see :class:`Choice`.
-
-    Raises:
-      DiscoError: for a density outside [0, 1], an unknown name, a score that needs gradients, or a
-        model without masked exchanges.
-    """
-    choice = Choice(density, score, budget, costs, tuple(rules), norms, seed, options)
-    found = exchanges(model)
-    require(
-        bool(found),
-        f"`model` (={type(model).__name__}) has no masked exchange; pass a model made of "
-        "disco_jax layers that is not frozen",
-    )
-    reading = {path: layers for path, layers in readers(model).items() if layers}
-    kernels = {path: [layer.kernel[...] for _, layer in layers] for path, layers in reading.items()}
-    named = tuple((path, path, found[path].features) for path in kernels)
-    mesh = next(iter(found.values())).mesh
-
-    @jax.jit  # one program, not one for each shape
-    def choose(kernels: dict[str, list[Array]]) -> Masks:
-        return choice.masks(choice.scores(kernels, named, mesh))
-
-    for path, mask in choose(kernels).items():
-        found[path].set_mask(mask)
 
 
 def _check_schedule(schedule: str, every: int, regrow: str, turnover: float) -> None:
