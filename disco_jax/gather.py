@@ -32,15 +32,22 @@ class Gather(AllGather):
     """Gives every node all channels, dead ones dropped: ``[b, ..., padded] -> [b, ..., c]``.
 
     The way out for a result whose channels do not divide by the nodes; where they do, the result
-    stays where it was computed and nothing moves.
+    stays where it was computed and nothing moves, unless ``always`` says that what follows mixes
+    channels and needs them all.
     """
 
-    def __init__(self, features: int, *, mesh: NodeMesh):
-        self.features = features
+    def __init__(self, features: int, *, mesh: NodeMesh, always: bool = False):
+        self.features, self.always = features, always
         super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
 
+    @property
+    def stays(self) -> bool:
+        """Whether the result stays with those who computed it."""
+        whole = self.width * self.mesh.nodes == self.features
+        return self.mesh.nodes == 1 or (whole and not self.always)
+
     def __call__(self, x: Float[Array, "b ... padded"]) -> Float[Array, "b ... c"]:
-        if x.shape[-1] == self.features:
+        if self.stays:
             return x
         note(self, x)
         return everywhere(x, self.mesh)[..., : self.features]

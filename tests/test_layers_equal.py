@@ -242,7 +242,7 @@ def test_node_local_operations(nodes):
 
     def shuffled(a, _):
         b, h, w, c = a.shape
-        a = a.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+        a = a.reshape(b, h, w, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
         return a.reshape(b, 2 * h, 2 * w, c // 4)
 
     for mesh in meshes(nodes):
@@ -254,6 +254,23 @@ def test_node_local_operations(nodes):
         flat = by_node(lambda a, _: a.reshape(2, -1))
         close(dj.layers.flatten(x, mesh=mesh), flat, 0)
         close(dj.layers.pixel_shuffle(x, 2, mesh=mesh), by_node(shuffled), 0)
+        larger = jax.image.resize(x, (2, 7, 9, x.shape[-1]), "bilinear")
+        close(dj.layers.resize(x, (7, 9), mesh=mesh), larger, FLOAT32)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_l2_norm(nodes):
+    """Over the channels of all nodes; where all are 0 it stays 0, and so does the gradient."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 10)), jnp.float32)
+    x = x.at[0, 0, 0].set(0)
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    expected = 20 * x / jnp.where(norm > 0, norm, 1)
+    for mesh in meshes(nodes):
+        layer = dj.layers.L2Norm(10, mesh=mesh, pad=True)
+        wide = pad_axis(x, layer.scale.shape[0], -1)
+        close(layer(wide)[..., :10], expected, FLOAT32)
+        gradient = jax.grad(lambda x, layer=layer: layer(x).sum())(wide)
+        assert np.isfinite(gradient).all()
 
 
 def test_initial_weights_do_not_depend_on_the_nodes():

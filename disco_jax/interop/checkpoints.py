@@ -158,6 +158,7 @@ def _match(name: str, rules: Mapping[str, str], model: nnx.Module) -> str | None
 
 def _fields(numbers: dict[str, int], model: Any) -> dict[str, int]:
     fields = numbers | {name + "0": number - 1 for name, number in numbers.items()}
+    fields |= {name + "1": number + 1 for name, number in numbers.items()}
     if "block" in numbers and hasattr(model, "depths"):
         starts = [0, *itertools.accumulate(model.depths)]
         stage = max(s for s, start in enumerate(starts) if start <= numbers["block"])
@@ -166,11 +167,12 @@ def _fields(numbers: dict[str, int], model: Any) -> dict[str, int]:
 
 
 class _Parts(NamedTuple):
-    """The tensors that a name stands for, which of how many parts, and the shape behind axis 0."""
+    """The tensors a name stands for, which of how many parts on what axis, shape behind axis 0."""
 
     tensors: list[str]
     part: int = 0
     of: int = 1
+    axis: int = 0
     shape: tuple[int, ...] = ()
 
 
@@ -180,21 +182,21 @@ def _parts(theirs: str) -> _Parts:
     >>> _parts("a+b").tensors, _parts("qkv.weight[1/3]")[:3], _parts("fc<-1x7x7>").shape
     (['a', 'b'], (['qkv.weight'], 1, 3), (-1, 7, 7))
     """
-    if match := re.fullmatch(r"(.*)\[(\d+)/(\d+)\]", theirs):
-        return _Parts([match[1]], int(match[2]), int(match[3]))
+    if match := re.fullmatch(r"(.*)\[(:?)(\d+)/(\d+)\]", theirs):
+        return _Parts([match[1]], int(match[3]), int(match[4]), axis=len(match[2]))
     if match := re.fullmatch(r"(.*)<(.*)>", theirs):
         return _Parts([match[1]], shape=tuple(map(int, match[2].split("x"))))
     return _Parts(theirs.split("+"))
 
 
 def _value(theirs: str, tensors: Tensors) -> Shaped[np.ndarray, "..."] | None:
-    names, part, of, shape = _parts(theirs)
+    names, part, of, axis, shape = _parts(theirs)
     if not all(name in tensors for name in names):
         return None
     value = np.concatenate([tensors[n] for n in names], 1) if len(names) > 1 else tensors[names[0]]
     if shape and value.ndim == 2:
         return value.reshape(len(value), *shape)
-    return np.split(value, of)[part] if len(value) % of == 0 else value
+    return np.split(value, of, axis)[part] if value.shape[axis] % of == 0 else value
 
 
 def _layout(value: Shaped[np.ndarray, "..."], name: str) -> Shaped[np.ndarray, "..."]:

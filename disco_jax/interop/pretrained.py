@@ -29,10 +29,11 @@ def load(model: nnx.Module, path: Path | str, *, skip: Sequence[str] = ()) -> No
     """Reads weights from a file, in place; the model may have any number of nodes.
 
     The file is one that :func:`save` wrote, or a checkpoint of the same architecture from
-    torchvision (ResNet, ViT, VGG-16), timm (ResNet, ViT, DeiT, ConvNeXt) or Hugging Face's
-    ``transformers`` (the same but for VGG), as ``.safetensors`` or, where torch is installed,
-    ``.pth``; which of them it is, its names tell. Check that the model has the checkpoint's
-    ``epsilon`` (Hugging Face's ViT and DeiT: 1e-12), ``image_size`` and ``num_classes``.
+    torchvision (ResNet, ViT, VGG-16, SSD300, DeepLabV3), timm (ResNet, ViT, DeiT, ConvNeXt) or
+    Hugging Face's ``transformers`` (the same as timm), as ``.safetensors`` or, where torch is
+    installed, ``.pth``; which of them it is, its names tell. Check that the model has the
+    checkpoint's ``epsilon`` (Hugging Face's ViT and DeiT: 1e-12), ``image_size`` and
+    ``num_classes``.
 
     Args:
       model: a masked model.

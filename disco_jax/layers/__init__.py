@@ -11,15 +11,17 @@ from disco_jax.layers.local import (
     global_avg_pool,
     max_pool,
     pixel_shuffle,
+    resize,
     split,
 )
-from disco_jax.layers.norm import BatchNorm, GroupNorm, LayerNorm
+from disco_jax.layers.norm import BatchNorm, GroupNorm, L2Norm, LayerNorm
 
 __all__ = [
     "BatchNorm",
     "Conv",
     "Dense",
     "GroupNorm",
+    "L2Norm",
     "LayerNorm",
     "LayerScale",
     "LearnedTokens",
@@ -32,5 +34,6 @@ __all__ = [
     "global_avg_pool",
     "max_pool",
     "pixel_shuffle",
+    "resize",
     "split",
 ]

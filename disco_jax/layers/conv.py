@@ -35,6 +35,7 @@ class Conv(nnx.Conv):
       mesh: the nodes.
       exchange: a shared exchange to read instead of one of the layer's own.
       pad: append dead channels where the features do not divide by the nodes.
+      unit: output channels that stay together on a node, such as those of a pixel shuffle.
 
     With ``feature_group_count > 1`` every node keeps whole groups and nothing moves.
 
@@ -52,6 +53,7 @@ class Conv(nnx.Conv):
         mesh: NodeMesh | None = None,
         exchange: Reader | None = None,
         pad: bool = False,
+        unit: int = 1,
         feature_group_count: int = 1,
         rngs: nnx.Rngs,
         **kwargs: Any,
@@ -63,7 +65,7 @@ class Conv(nnx.Conv):
             in_features, exchange=exchange, mesh=mesh, pad=pad, groups=feature_group_count
         )
         mesh = exchange.mesh
-        channels = padded(out_features, mesh.nodes, pad=pad, name="out_features")
+        channels = padded(out_features, mesh.nodes, pad=pad, unit=unit, name="out_features")
         grouped = feature_group_count > 1
         # Dead channels are groups of their own where every channel is one.
         depthwise = pad and feature_group_count == in_features == out_features

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Float
@@ -58,19 +59,39 @@ def pixel_shuffle(
 ) -> Float[Array, "b h*scale w*scale c/scale**2"]:
     """Depth to space on each node's own channels (Shi et al. 2016).
 
-    Within a node the channels are ordered ``(row, column, feature)``.
+    Channels are ordered ``(feature, row, column)`` as in torch, so that whole features lie on a
+    node and the result does not depend on the number of nodes: give the layer before
+    ``unit=scale**2``.
     """
     block = x.shape[-1] // mesh.nodes
     require(
         block % scale**2 == 0,
         f"each node's channels (={block}, of {x.shape[-1]} on {mesh.nodes} nodes) must be "
-        f"divisible by `scale`**2 (={scale**2}); give the layer before a multiple of "
-        f"{mesh.nodes * scale**2} features",
+        f"divisible by `scale`**2 (={scale**2}); give the layer before unit={scale**2}, or a "
+        f"multiple of {mesh.nodes * scale**2} features",
     )
 
     def shuffle(x: Array) -> Array:
         b, h, w, _ = x.shape
-        x = jnp.reshape(x, (b, h, w, scale, scale, -1))
-        return jnp.reshape(jnp.moveaxis(x, 3, 2), (b, h * scale, w * scale, -1))
+        x = jnp.reshape(x, (b, h, w, -1, scale, scale))
+        return jnp.reshape(jnp.transpose(x, (0, 1, 4, 2, 5, 3)), (b, h * scale, w * scale, -1))
 
     return per_node(shuffle, x, mesh=mesh)
+
+
+def resize(
+    x: Float[Array, "b h w c"], size: Sequence[int], *, mesh: NodeMesh | None = None
+) -> Float[Array, "b h2 w2 c"]:
+    """Bilinear interpolation to ``size``, pixels as areas (torch: ``align_corners=False``).
+
+    Args:
+      x: owned channels with their ``mesh``, or channels that every node holds, without.
+      size: height and width of the result.
+      mesh: the nodes that own the channels.
+    """
+
+    def on_node(x: Array) -> Array:
+        shape = (x.shape[0], *size, x.shape[-1])
+        return jax.image.resize(x, shape, "bilinear", antialias=False)
+
+    return on_node(x) if mesh is None else per_node(on_node, x, mesh=mesh)

@@ -162,3 +162,40 @@ class LayerNorm(nnx.LayerNorm):
     def _normalise(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
         mean = x.mean(-1, keepdims=True)
         return (x - mean) * lax.rsqrt(x.var(-1, keepdims=True) + self.epsilon)
+
+
+class L2Norm(nnx.Module):
+    """Every position's channels divided by their Euclidean norm, times a factor for each channel.
+
+    ``scale · x / max(‖x‖₂, ε)`` (Liu et al. 2015, arXiv 1506.04579), as SSD has it on its first
+    map. The norm is over the channels of all nodes, which exchange two numbers per position.
+
+    Args:
+      num_features: channels.
+      initial: what the factors start from.
+      epsilon: the least norm that is divided by.
+      mesh, pad: as in :class:`BatchNorm`.
+      param_dtype: the factors are stored in.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        mesh: NodeMesh,
+        pad: bool = False,
+        initial: float = 20.0,
+        epsilon: float = 1e-12,
+        param_dtype: jax.typing.DTypeLike = "float32",
+    ):
+        channels = padded(num_features, mesh.nodes, pad=pad, name="num_features")
+        self.mesh, self.epsilon = mesh, epsilon
+        self.statistics = Statistics(num_features, mesh=mesh)
+        start = jnp.full(num_features, initial, param_dtype)
+        self.scale = nnx.Param(split_channels(start, channels, mesh))
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
+        mean, variance = self.statistics(_wide(x))
+        energy = self.statistics.features * (variance + jnp.square(mean))
+        norm = jnp.sqrt(jnp.maximum(energy, self.epsilon**2))  # whose gradient at 0 is finite
+        return (_wide(x) / norm * self.scale[...]).astype(x.dtype)

@@ -14,7 +14,10 @@ from flax import nnx
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.convnext import ConvNeXt
+from disco_jax.models.deeplab import LRASPP, DeepLabV3
+from disco_jax.models.edsr import EDSR, RCAN
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
+from disco_jax.models.ssd import SSD, STEPS_300, ResNetTrunk, VGGTrunk
 from disco_jax.models.vgg import VGG
 from disco_jax.models.vit import VisionTransformer
 from disco_jax.trace import name_exchanges
@@ -40,12 +43,20 @@ MODELS: dict[str, Callable[..., Any]] = {
     "convnext_s": partial(ConvNeXt, (3, 3, 27, 3), (96, 192, 384, 768)),
     "convnext_b": partial(ConvNeXt, (3, 3, 27, 3), (128, 256, 512, 1024)),
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "ssd300": partial(SSD, VGGTrunk, steps=STEPS_300),
+    "ssd_vgg16": partial(SSD, VGGTrunk),
+    "ssd_resnet18": partial(SSD, partial(ResNetTrunk, BasicBlock, (2, 2, 2))),
+    "ssd_resnet50": partial(SSD, partial(ResNetTrunk, Bottleneck, (3, 4, 6))),
+    "deeplabv3_resnet18": partial(DeepLabV3, BasicBlock, (2, 2, 2, 2)),
+    "deeplabv3_resnet50": partial(DeepLabV3, Bottleneck, (3, 4, 6, 3)),
+    "deeplabv3_resnet101": partial(DeepLabV3, Bottleneck, (3, 4, 23, 3)),
+    "lraspp_resnet18": partial(LRASPP, BasicBlock, (2, 2, 2, 2)),
+    "edsr": EDSR,
+    "rcan": RCAN,
 }
 
 
-def create(
-    name: str, *, mesh: NodeMesh, num_classes: int = 1000, rngs: nnx.Rngs, **kwargs: Any
-) -> nnx.Module:
+def create(name: str, *, mesh: NodeMesh, rngs: nnx.Rngs, **kwargs: Any) -> nnx.Module:
     """Builds a model whose every layer is split over the nodes of ``mesh``.
 
     Channels that do not divide by the nodes get dead channels. The initial numbers depend on
@@ -54,9 +65,8 @@ def create(
     Args:
       name: a key of ``MODELS``.
       mesh: the nodes.
-      num_classes: size of the logits.
       rngs: random streams for the weights.
-      **kwargs: what the model itself takes (``width``, ``dtype``, ...).
+      **kwargs: what the model itself takes (``num_classes``, ``width``, ``dtype``, ...).
 
     Returns:
       The model; its ``config`` is what it was made of, as JSON.
@@ -71,7 +81,7 @@ def create(
         + (f"; did you mean {near[0]!r}?" if near else "; choose one of these"),
     )
     try:
-        model = MODELS[name](num_classes=num_classes, mesh=mesh, rngs=rngs, **kwargs)
+        model = MODELS[name](mesh=mesh, rngs=rngs, **kwargs)
     except TypeError as error:
         unexpected = "unexpected keyword argument"
         require(
@@ -81,6 +91,5 @@ def create(
         )
         raise
     name_exchanges(model)
-    config = {"name": name, "num_classes": num_classes, **kwargs}
-    model.config = json.dumps(config, default=lambda dtype: jnp.dtype(dtype).name)
+    model.config = json.dumps({"name": name, **kwargs}, default=lambda dtype: jnp.dtype(dtype).name)
     return model

@@ -85,7 +85,7 @@ class ConvNeXt(nnx.Module):
         self,
         depths: Sequence[int],
         widths: Sequence[int],
-        num_classes: int,
+        num_classes: int = 1000,
         *,
         mesh: NodeMesh,
         rngs: nnx.Rngs,

@@ -48,12 +48,21 @@ class BasicBlock(Residual):
     expansion = 1
 
     def __init__(
-        self, c_in: int, width: int, stride: int, *, mesh: NodeMesh, conv: Layer, norm: Layer
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        dilation: int = 1,
+        *,
+        mesh: NodeMesh,
+        conv: Layer,
+        norm: Layer,
     ):
         super().__init__(c_in, width, stride, mesh=mesh, conv=conv, norm=norm)
-        self.conv1 = conv(c_in, width, (3, 3), stride, padding=1, exchange=self.exchange)
+        window: dict[str, Any] = {"padding": dilation, "kernel_dilation": dilation}
+        self.conv1 = conv(c_in, width, (3, 3), stride, exchange=self.exchange, **window)
         self.norm1 = norm(width)
-        self.conv2 = conv(width, width, (3, 3), padding=1, mesh=mesh)
+        self.conv2 = conv(width, width, (3, 3), mesh=mesh, **window)
         self.norm2 = norm(width, scale_init=nnx.initializers.zeros)
 
     def body(self, x: Readable) -> Array:
@@ -67,13 +76,22 @@ class Bottleneck(Residual):
     expansion = 4
 
     def __init__(
-        self, c_in: int, width: int, stride: int, *, mesh: NodeMesh, conv: Layer, norm: Layer
+        self,
+        c_in: int,
+        width: int,
+        stride: int,
+        dilation: int = 1,
+        *,
+        mesh: NodeMesh,
+        conv: Layer,
+        norm: Layer,
     ):
         c_out = self.expansion * width
         super().__init__(c_in, c_out, stride, mesh=mesh, conv=conv, norm=norm)
         self.conv1 = conv(c_in, width, (1, 1), exchange=self.exchange)
         self.norm1 = norm(width)
-        self.conv2 = conv(width, width, (3, 3), stride, padding=1, mesh=mesh)
+        window: dict[str, Any] = {"padding": dilation, "kernel_dilation": dilation}
+        self.conv2 = conv(width, width, (3, 3), stride, mesh=mesh, **window)
         self.norm2 = norm(width)
         self.conv3 = conv(width, c_out, (1, 1), mesh=mesh)
         self.norm3 = norm(c_out, scale_init=nnx.initializers.zeros)
@@ -84,29 +102,33 @@ class Bottleneck(Residual):
         return self.norm3(self.conv3(y))
 
 
-class ResNet(nnx.Module):
-    """Images ``[b, h, w, channels]`` to logits ``[b, num_classes]``.
+class Backbone(nnx.Module):
+    """A ResNet without its head: images ``[b, h, w, channels]`` to one map for each stage.
 
     Args:
       block: :class:`BasicBlock` or :class:`Bottleneck`.
       depths: blocks in each stage; a stage has twice the width of the one before.
-      num_classes: size of the logits.
       width: channels of the first stage, before expansion.
       stem: ``"imagenet"`` (7x7 stride 2, max pool) or ``"cifar"`` (3x3).
+      output_stride: pixels of the image for one of the last map. Stages that would go beyond it are
+        dilated instead (Chen et al. 2017, arXiv 1706.05587). None: 2 for each stage but the first.
       in_channels: channels of the images, which every node holds.
       dtype, param_dtype: computed in, and stored in.
+
+    Attributes:
+      widths: channels of each stage's map.
     """
 
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
         depths: Sequence[int],
-        num_classes: int,
         *,
         mesh: NodeMesh,
         rngs: nnx.Rngs,
         width: int = 64,
         stem: str = "imagenet",
+        output_stride: int | None = None,
         in_channels: int = 3,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = "float32",
@@ -128,21 +150,72 @@ class ResNet(nnx.Module):
             in_channels, width, kernel, stride, padding=kernel[0] // 2, exchange=images
         )
         self.norm = norm(width)
+        self.widths = tuple(width * 2**stage * block.expansion for stage in range(len(depths)))
+        strides = _strides(len(depths), stride**2, output_stride)  # a pool follows a strided stem
         blocks, c_in = [], width
-        for stage, depth in enumerate(depths):
+        for stage, (depth, (stride, before, dilation)) in enumerate(
+            zip(depths, strides, strict=True)
+        ):
             for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
-                size = width * 2**stage
-                blocks.append(block(c_in, size, stride, mesh=mesh, conv=conv, norm=norm))
-                c_in = size * block.expansion
+                window = (stride, before) if i == 0 else (1, dilation)
+                blocks.append(
+                    block(c_in, width * 2**stage, *window, mesh=mesh, conv=conv, norm=norm)
+                )
+                c_in = self.widths[stage]
         self.blocks = nnx.List(blocks)
-        self.head = Dense(c_in, num_classes, mesh=mesh, pad=True, **dtypes, rngs=rngs)
-        self.logits = Gather(num_classes, mesh=mesh)
 
-    def __call__(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b num_classes"]:
+    def features(self, images: Float[Array, "b h w channels"]) -> list[Float[Array, "b h2 w2 _"]]:
+        """What each stage makes of the images."""
         x = nnx.relu(self.norm(self.conv(images)))
         if self.stem == "imagenet":
             x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for block in self.blocks:
-            x = block(x)
+        maps, blocks = [], iter(self.blocks)
+        for depth in self.depths:
+            for _ in range(depth):
+                x = next(blocks)(x)
+            maps.append(x)
+        return maps
+
+
+def _strides(stages: int, start: int, most: int | None) -> list[tuple[int, int, int]]:
+    """Stride of each stage, and the dilation of its first block and of its others.
+
+    >>> _strides(4, 4, 8)
+    [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4)]
+    """
+    found, reached, dilation = [], start, 1
+    require(
+        most is None or (most >= start and most & (most - 1) == 0),
+        f"`output_stride` (={most}) must be a power of 2 and at least {start}, that of the stem; "
+        "8 and 16 are usual",
+    )
+    for stage in range(stages):
+        stride, before = 1 if stage == 0 else 2, dilation
+        if most is not None and reached * stride > most:
+            dilation, stride = dilation * stride, 1
+        reached *= stride
+        found.append((stride, before, dilation))
+    return found
+
+
+class ResNet(Backbone):
+    """Images ``[b, h, w, channels]`` to logits ``[b, num_classes]``; other arguments as above."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        num_classes: int = 1000,
+        *,
+        mesh: NodeMesh,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        super().__init__(block, depths, mesh=mesh, rngs=rngs, **kwargs)
+        dtypes = {k: v for k, v in kwargs.items() if k in ("dtype", "param_dtype")}
+        self.head = Dense(self.widths[-1], num_classes, mesh=mesh, pad=True, **dtypes, rngs=rngs)
+        self.logits = Gather(num_classes, mesh=mesh)
+
+    def __call__(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b num_classes"]:
+        *_, x = self.features(images)
         return self.logits(self.head(global_avg_pool(x)))

@@ -17,6 +17,25 @@ from disco_jax.layers import Conv, Dense, global_avg_pool, max_pool
 from disco_jax.mesh import NodeMesh
 
 
+def widths(depths: Sequence[int], width: int) -> list[int]:
+    """Channels of every convolution: 1, 2, 4, 8 and 8 times ``width``, stage by stage.
+
+    >>> widths((1, 2), 64)
+    [64, 128, 128]
+    """
+    return [min(8, 2**i) * width for i, depth in enumerate(depths) for _ in range(depth)]
+
+
+def convolutions(
+    sizes: Sequence[int], in_channels: int, *, mesh: NodeMesh, conv: Callable[..., Conv]
+) -> nnx.List:
+    """3x3 convolutions one after another, the first of which reads the images."""
+    images = Replicated(in_channels, mesh=mesh)
+    found = [conv(in_channels, sizes[0], (3, 3), exchange=images)]
+    found += [conv(c_in, c_out, (3, 3), mesh=mesh) for c_in, c_out in itertools.pairwise(sizes)]
+    return nnx.List(found)
+
+
 class VGG(nnx.Module):
     """Images ``[b, h, w, channels]`` to logits ``[b, num_classes]``.
 
@@ -36,7 +55,7 @@ class VGG(nnx.Module):
     def __init__(
         self,
         depths: Sequence[int],
-        num_classes: int,
+        num_classes: int = 1000,
         *,
         mesh: NodeMesh,
         rngs: nnx.Rngs,
@@ -48,16 +67,13 @@ class VGG(nnx.Module):
         param_dtype: jax.typing.DTypeLike = "float32",
     ):
         weights: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        conv: Callable[..., Conv] = partial(Conv, kernel_size=(3, 3), pad=True, **weights)
+        conv: Callable[..., Conv] = partial(Conv, pad=True, **weights)
         dense: Callable[..., Dense] = partial(Dense, mesh=mesh, pad=True, **weights)
-        widths = [min(8, 2**i) * width for i, depth in enumerate(depths) for _ in range(depth)]
-        images = Replicated(in_channels, mesh=mesh)
+        sizes = widths(depths, width)
         self.depths = tuple(depths)
-        self.convs = nnx.List([conv(in_channels, widths[0], exchange=images)])
-        for c_in, c_out in itertools.pairwise(widths):
-            self.convs.append(conv(c_in, c_out, mesh=mesh))
+        self.convs = convolutions(sizes, in_channels, mesh=mesh, conv=conv)
         self.dense1 = Conv(
-            widths[-1], hidden, (7, 7), padding="VALID", mesh=mesh, pad=True, **weights
+            sizes[-1], hidden, (7, 7), padding="VALID", mesh=mesh, pad=True, **weights
         )
         self.dense2 = dense(hidden, hidden)
         self.head = dense(hidden, num_classes)

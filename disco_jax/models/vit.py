@@ -96,7 +96,7 @@ class VisionTransformer(nnx.Module):
         width: int,
         depth: int,
         heads: int,
-        num_classes: int,
+        num_classes: int = 1000,
         *,
         mesh: NodeMesh,
         rngs: nnx.Rngs,
