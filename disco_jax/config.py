@@ -1,4 +1,4 @@
-"""The fields that every classification config has, with defaults for small images."""
+"""The fields that every config has, with defaults for classifying small images."""
 
 from ml_collections import ConfigDict, config_dict
 
@@ -12,10 +12,14 @@ def defaults() -> ConfigDict:
     c.data_parallel = 1  # copies of the node group, each working on its share of the batch
     c.emulate = config_dict.placeholder(bool)  # None: real devices where there are enough
     c.model = ConfigDict({"name": ""})
+    c.task = ConfigDict({"name": "classification"})  # and its attributes, see disco_jax/tasks
     c.data = ConfigDict(
         {
             "source": "",
             "size": 32,
+            "repeat": 1,  # how often an epoch takes each training image
+            "eval_size": -1,  # -1: as `size`; 0: every image as it is, one at a time
+            "max_objects": 100,  # boxes an image has at most
             "train_transforms": ("resize",),
             "eval_transforms": ("resize",),
             "mean": (0.5,),
@@ -34,6 +38,7 @@ def defaults() -> ConfigDict:
             "weight_decay": 5e-4,
             "clip_norm": 0.0,  # 0: none
             "warmup_epochs": 1.0,
+            "schedule": "cosine",  # or poly, of the power 0.9, or constant
             "label_smoothing": 0.0,
             "ema_decay": 0.0,  # 0: none
         }

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
 from disco_jax import wire
+from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, padded
 from disco_jax.readable import note
@@ -33,11 +34,24 @@ class Gather(AllGather):
 
     The way out for a result whose channels do not divide by the nodes; where they do, the result
     stays where it was computed and nothing moves, unless ``always`` says that what follows mixes
-    channels and needs them all.
+    channels and needs them all. In ``wire_dtype`` (``"float16"`` or ``"bfloat16"``) everybody reads
+    it as it arrives, its owner too; None moves it as it is.
     """
 
-    def __init__(self, features: int, *, mesh: NodeMesh, always: bool = False):
-        self.features, self.always = features, always
+    def __init__(
+        self,
+        features: int,
+        *,
+        mesh: NodeMesh,
+        always: bool = False,
+        wire_dtype: str | None = None,
+    ):
+        require(
+            wire_dtype is None or not wire.calibrated(wire.check_wire_dtype(wire_dtype)),
+            f"`wire_dtype` (={wire_dtype!r}) of a result must be a floating dtype, for integers "
+            "need a range; choose float16",
+        )
+        self.features, self.always, self.wire_dtype = features, always, wire_dtype
         super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
 
     @property
@@ -50,7 +64,7 @@ class Gather(AllGather):
         if self.stays:
             return x
         note(self, x)
-        return everywhere(x, self.mesh)[..., : self.features]
+        return everywhere(x, self.mesh, self.wire_dtype)[..., : self.features]
 
 
 class Everywhere(AllGather):
@@ -90,7 +104,7 @@ class Statistics(AllGather):
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(
             lambda x, count: _merge(
-                jnp.moveaxis(_all_gather(_moments(x, count[0])), 0, -2), counts
+                jnp.moveaxis(_all_gather(_moments(x, count[0]), str(x.dtype)), 0, -2), counts
             ),
             mesh=self.mesh.jax_mesh,
             in_specs=(spec, P(NODE)),  # [b/data, ..., c/n], [1]
@@ -99,13 +113,16 @@ class Statistics(AllGather):
         )(x, counts)
 
 
-def everywhere(x: Float[Array, "b ... c"], mesh: NodeMesh) -> Float[Array, "b ... c"]:
-    """Gives every node the channels of all."""
+def everywhere(
+    x: Float[Array, "b ... c"], mesh: NodeMesh, wire_dtype: str | None = None
+) -> Float[Array, "b ... c"]:
+    """Gives every node the channels of all, as they arrive in ``wire_dtype``."""
+    dtype = wire_dtype or str(x.dtype)
     if not mesh.distributed:
-        return x
+        return wire.decode(wire.encode(x, dtype), dtype, x)
     spec = activation_spec(x.ndim, mesh)
     return jax.shard_map(
-        lambda x: jnp.reshape(jnp.moveaxis(_all_gather(x), 0, -2), (*x.shape[:-1], -1)),
+        lambda x: jnp.reshape(jnp.moveaxis(_all_gather(x, dtype), 0, -2), (*x.shape[:-1], -1)),
         mesh=mesh.jax_mesh,
         in_specs=spec,  # [b/data, ..., c/n]
         out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
@@ -113,12 +130,11 @@ def everywhere(x: Float[Array, "b ... c"], mesh: NodeMesh) -> Float[Array, "b ..
     )(x)
 
 
-def _all_gather(x: Shaped[Array, "..."]) -> Shaped[Array, "n ..."]:
+def _all_gather(x: Shaped[Array, "..."], dtype: str) -> Shaped[Array, "n ..."]:
     """What every node has, by one permute a ring offset, in as many bytes as the dtype says.
 
     It is as fast as gloo's own all-gather, and counted like every other message.
     """
-    dtype = str(x.dtype)
     sent = wire.encode(x, dtype)
     n = lax.axis_size(NODE)
     rings = [[(s, (s + offset) % n) for s in range(n)] for offset in range(1, n)]

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 from disco_jax import models, plan, settings, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
-from disco_jax.data import sources
+from disco_jax.data import preprocess, sources
+from disco_jax.data.images import Repeated
 from disco_jax.data.pipeline import evaluation_batches, training_batches
-from disco_jax.data.preprocess import Preprocess
 from disco_jax.errors import require
 from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan import artifact
+from disco_jax.tasks import shown
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -52,16 +53,14 @@ class Job:
         self.mesh = NodeMesh(config.nodes, config.data_parallel, emulate=config.emulate)
         console.print(f"{config.name}: {config.model.name} on {self.mesh}")
         data = config.data
-        self.train_set = sources.load(data.source, "train")
-        stats = (data.size, data.mean, data.std)
-        self.train_preprocess = _preprocess(data.train_transforms, *stats)
-        self.eval_preprocess = _preprocess(data.eval_transforms, *stats)
+        self.train_set = Repeated(sources.load(data.source, "train"), data.repeat)
+        self.train_preprocess = preprocess.training(config)
+        self.eval_preprocess = preprocess.evaluation(config)
+        classes = self.train_set.num_classes
+        self.task = settings.task(config, classes)
+        options = config.model.to_dict() | ({"num_classes": classes} if classes else {})
         self.model = models.create(
-            config.model.name,
-            mesh=self.mesh,
-            num_classes=self.train_set.num_classes,
-            rngs=nnx.Rngs(config.seed),
-            **{k: v for k, v in config.model.to_dict().items() if k != "name"},
+            options.pop("name"), mesh=self.mesh, rngs=nnx.Rngs(config.seed), **options
         )
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
@@ -127,7 +126,7 @@ class Job:
             steps_per_epoch=per_epoch * micro,
             save_every=max(1, round(config.checkpoint.every_epochs * per_epoch)) * micro,
             keep=config.checkpoint.keep,
-            label_smoothing=config.optimizer.label_smoothing,
+            task=self.task,
             ema_decay=config.optimizer.ema_decay,
             accumulate=micro,
             settings=self.settings(name),
@@ -173,15 +172,16 @@ class Job:
         self.train("sparse")
 
     def calibration(self) -> list[np.ndarray]:
-        """Batches of training images, prepared as for evaluation; their labels are not used."""
-        wanted = min(self.config.sparse.calibration_images, len(self.train_set))
-        batches = evaluation_batches(
-            self.train_set, self.eval_preprocess, self.config.eval_batch_size
-        )
-        return [
-            b["image"]
-            for b in itertools.islice(batches, max(1, wanted // self.config.eval_batch_size))
-        ]
+        """Batches of training images, prepared as for evaluation; their labels are not used.
+
+        Images of different sizes do not make a batch: then it is the patches that are trained on.
+        """
+        config, prepare, size = self.config, self.eval_preprocess, self.config.eval_batch_size
+        if prepare.size == 0:
+            prepare, size = self.train_preprocess, config.batch_size
+        wanted = min(config.sparse.calibration_images, len(self.train_set))
+        batches = evaluation_batches(self.train_set, prepare, size)
+        return [b["image"] for b in itertools.islice(batches, max(1, wanted // size))]
 
     def _validator(self) -> Callable[[nnx.Module], dict[str, float]]:
         held_out = sources.load(self.config.data.source, "validation")
@@ -205,8 +205,9 @@ class Job:
         state.write_to(self.model)
 
     def validate(self, run: Any) -> float:
-        """Accuracy on the validation split, by which choices are made."""
-        return self._evaluate(run, sources.load(self.config.data.source, "validation"))["accuracy"]
+        """The metric on the validation split, by which choices are made."""
+        held_out = sources.load(self.config.data.source, "validation")
+        return self._evaluate(run, held_out)[self.task.metric]
 
     def _save(self, name: str) -> None:
         """Writes the model as the end of a phase that had no training."""
@@ -217,12 +218,13 @@ class Job:
         checkpoints.close()
 
     def test(self, run: Any) -> float:
-        """Accuracy on the test split, which no choice has looked at."""
-        return self._evaluate(run, sources.load(self.config.data.source, "test"))["accuracy"]
+        """The metric on the test split, which no choice has looked at."""
+        test = sources.load(self.config.data.source, "test")
+        return self._evaluate(run, test)[self.task.metric]
 
     def _evaluate(self, run: Any, source: sources.Source) -> dict[str, float]:
         size = self.config.eval_batch_size
-        return evaluate(run, source, self.eval_preprocess, size, mesh=self.mesh)
+        return evaluate(self.task, run, source, self.eval_preprocess, size, mesh=self.mesh)
 
     def freeze(self) -> plan.Frozen:
         """Packs the model for one device per node, and writes ``plan.json``."""
@@ -238,21 +240,22 @@ class Job:
         return frozen
 
     def run_all(self) -> None:
-        """Dense training, masks, both accuracies, the packed model, the report."""
-        accuracy = {}
+        """Dense training, masks, the metric of both, the packed model, the report."""
+        found = {}
         self.train("dense")
-        accuracy["dense"] = self.test(plan.Program(self.model))
+        found["dense"] = self.test(plan.Program(self.model))
         self.learn()
         with self.timed("evaluate_masked"):
-            accuracy["masked"] = self.test(plan.Program(self.model))
+            found["masked"] = self.test(plan.Program(self.model))
         frozen = self.freeze()
         with self.timed("evaluate_packed"):
-            accuracy["packed"] = self.test(frozen)
+            found["packed"] = self.test(frozen)
         content = reports.build(
             frozen.plan,
             name=self.config.name,
             mesh=repr(self.mesh),
-            accuracy=accuracy,
+            task=self.task,
+            found=found,
             seconds=self.seconds(),
         )
         reports.write(content, self.workdir)
@@ -267,9 +270,10 @@ class Job:
         self.learn()
 
     def run_eval(self) -> None:
-        """Prints the masked model's test accuracy."""
+        """Prints the masked model's metric on the test split."""
         self.restore("sparse")
-        console.print(f"masked: test accuracy {100 * self.test(plan.Program(self.model)):.2f} %")
+        value = shown(self.test(plan.Program(self.model)), self.task.unit)
+        console.print(f"masked: test {self.task.metric} {value}")
 
     def run_freeze(self) -> None:
         """Saves the packed model for ``--mode=serve``, and prints the plan."""
@@ -283,12 +287,8 @@ class Job:
         self.restore("sparse")
         frozen = self.freeze()
         with self.timed("infer"):
-            accuracy = self.test(frozen)
+            value = shown(self.test(frozen), self.task.unit)
         console.print(
-            f"packed on {frozen.mesh}: test accuracy {100 * accuracy:.2f} % in "
+            f"packed on {frozen.mesh}: test {self.task.metric} {value} in "
             f"{self.seconds()['infer']} s"
         )
-
-
-def _preprocess(transforms: Any, size: int, mean: Any, std: Any) -> Preprocess:
-    return Preprocess(size, tuple(transforms), tuple(mean), tuple(std))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from disco_jax.errors import DiscoError
 from disco_jax.plan import CommunicationPlan
+from disco_jax.tasks import Task, shown
 
 
 def build(
@@ -19,10 +20,13 @@ def build(
     *,
     name: str,
     mesh: str,
-    accuracy: dict[str, float],
+    task: Task,
+    found: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The content of ``report.json``: costs per exchange and in total, accuracies, wall times.
+    """The content of ``report.json``: costs per exchange and in total, the metric, wall times.
+
+    What was ``found`` is under the name of the task's metric, say ``"accuracy"``.
 
     Traffic is in bytes per example over all directed links; multiplications are per example and,
     like the bytes of weights, of one node. Each stands beside the dense split's and one node's.
@@ -36,7 +40,9 @@ def build(
         "name": name,
         "nodes": plan.nodes,
         "mesh": mesh,
-        "accuracy": accuracy,
+        "metric": task.metric,
+        "unit": task.unit,
+        task.metric: found,
         "seconds": seconds,
         "total": {
             "packed": {
@@ -77,11 +83,10 @@ def _row(plan: CommunicationPlan, path: str) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> Table:
     """The report as a table for the terminal."""
-    accuracy = ", ".join(f"{k} {100 * v:.2f} %" for k, v in content["accuracy"].items())
     wall = ", ".join(f"{k} {v:.0f} s" for k, v in content["seconds"].items())
     out = Table(
         title=f"{content['name']} on {content['nodes']} nodes",
-        caption=f"test accuracy: {accuracy}\nwall time: {wall}",
+        caption=f"test {content['metric']}: {_found(content)}\nwall time: {wall}",
         caption_justify="left",
     )
     out.add_column("exchange", no_wrap=True)
@@ -105,6 +110,11 @@ def table(content: dict[str, Any]) -> Table:
 def show(content: dict[str, Any]) -> None:
     """Prints the table, wide enough for its columns even where the output is no terminal."""
     Console(width=100).print(table(content))
+
+
+def _found(content: dict[str, Any]) -> str:
+    found = content[content["metric"]]
+    return ", ".join(f"{k} {shown(v, content['unit'])}" for k, v in found.items())
 
 
 def _ratio(value: int, dense: int) -> str:
@@ -134,8 +144,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.set_xticks(places, names, fontsize=6, rotation=90)
     axes.margins(x=0.01)
     axes.set_ylabel("kB per example, all links")
-    accuracy = ", ".join(f"{k} {100 * v:.1f} %" for k, v in content["accuracy"].items())
-    axes.set_title(f"{content['name']}, {content['nodes']} nodes; accuracy: {accuracy}", fontsize=9)
+    title = f"{content['name']}, {content['nodes']} nodes; {content['metric']}: {_found(content)}"
+    axes.set_title(title, fontsize=9)
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -149,8 +159,8 @@ def _page(content: dict[str, Any]) -> str:
         for kind, total in content["total"].items()
     )
     facts = "".join(
-        f"<tr><td>{html.escape(kind)}</td><td>{100 * value:.2f} %</td></tr>"
-        for kind, value in content["accuracy"].items()
+        f"<tr><td>{html.escape(kind)}</td><td>{shown(value, content['unit'])}</td></tr>"
+        for kind, value in content[content["metric"]].items()
     )
     walls = "".join(
         f"<tr><td>{html.escape(kind)}</td><td>{value:.1f} s</td></tr>"
@@ -167,7 +177,7 @@ td:first-child, th:first-child {{ text-align: left }}
 img {{ max-width: 100% }}
 </style></head><body>
 <h1>{title}</h1><p>{html.escape(content["mesh"])}</p>
-<h2>Test accuracy</h2><table>{facts}</table>
+<h2>Test {html.escape(content["metric"])}</h2><table>{facts}</table>
 <h2>Cost per example</h2>
 <table><tr><th></th><th>traffic, bytes</th><th>/dense</th><th>MACs per node</th><th>/dense</th>
 <th>weights per node, bytes</th><th>/dense</th></tr>{totals}</table>

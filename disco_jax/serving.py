@@ -20,8 +20,8 @@ import PIL
 from ml_collections import ConfigDict
 
 from disco_jax import plan, runtime
-from disco_jax.data.preprocess import Preprocess
-from disco_jax.data.sources import image_files
+from disco_jax.data.images import image_files
+from disco_jax.data.preprocess import evaluation
 from disco_jax.errors import DiscoError, require
 from disco_jax.plan import artifact
 from disco_jax.runtime import launch
@@ -33,7 +33,7 @@ Hosts = dict[str, Any]  # the arguments of ``runtime.connect``
 
 def serve(config: ConfigDict, workdir: Path, images: str | None, hosts: Hosts, batch: int) -> int:
     """Names the class of every image: a line of JSON for each on stdout of node 0."""
-    preprocess = _preprocess(config)
+    preprocess = evaluation(config)
     facts = {"preprocess": repr(preprocess), "batch_size": batch, "pillow": PIL.__version__}
     paths, say = _paths(images, hosts), _stdout()
     with _loaded(workdir, hosts, facts) as (frozen, peers):
@@ -49,7 +49,7 @@ def serve(config: ConfigDict, workdir: Path, images: str | None, hosts: Hosts, b
 
 def profile(config: ConfigDict, workdir: Path, hosts: Hosts) -> int:
     """Prints what one image takes, link by link and exchange by exchange."""
-    like, say = _preprocess(config), _stdout()
+    like, say = evaluation(config), _stdout()
     image = np.random.default_rng(0).normal(size=(1, like.size, like.size, len(like.mean)))
     with _loaded(workdir, hosts, {"size": str(image.shape[1:])}) as (frozen, peers):
         found = runtime.profile(frozen, image.astype(np.float32))  # type: ignore[arg-type]
@@ -89,11 +89,6 @@ def _loaded(workdir: Path, hosts: Hosts, facts: Facts) -> Iterator[tuple[plan.Fr
     facts = {"plan": sums[artifact.PLAN][:16], "weights": weights[:16], **facts}
     with runtime.connect(**hosts, facts=facts) as peers:
         yield plan.load(directory, runtime.mesh_of_hosts(nodes)), peers
-
-
-def _preprocess(config: ConfigDict) -> Preprocess:
-    data = config.data
-    return Preprocess(data.size, tuple(data.eval_transforms), tuple(data.mean), tuple(data.std))
 
 
 def _paths(images: str | None, hosts: Hosts) -> Iterator[str]:

@@ -11,7 +11,10 @@ import disco_jax as dj
 
 CASES = {
     "ssd300": ({"width": 8, "num_classes": 5, "extra": 2}, (2, 96, 96, 3)),
-    "ssd_resnet18": ({"width": 8, "num_classes": 5, "extra": 2}, (2, 64, 64, 3)),
+    "ssd_resnet18": (
+        {"width": 8, "num_classes": 5, "extra": 2, "result_dtype": "float16"},
+        (2, 64, 64, 3),
+    ),
     "ssd_resnet50": ({"width": 8, "num_classes": 5, "extra": 2}, (2, 64, 64, 3)),
     "deeplabv3_resnet50": ({"width": 8, "num_classes": 5, "head_width": 16}, (2, 65, 65, 3)),
     "deeplabv3_resnet18": (
@@ -49,8 +52,9 @@ def test_all_lives_are_equal(name, nodes):
         lives += [dj.plan.Program(model)(images), frozen(images)]
         if not mesh.emulated:
             dj.verify(frozen, images)
+    bound = 1e-3 if "result_dtype" in options else 1e-5  # half a step of float16
     for life in lives[1:]:
-        jax.tree.map(lambda a, b: close(a, b, 1e-5), life, lives[0])
+        jax.tree.map(lambda a, b: close(a, b, bound), life, lives[0])
 
 
 @pytest.mark.parametrize("name", ["ssd300", "deeplabv3_resnet18", "lraspp_resnet18", "edsr"])

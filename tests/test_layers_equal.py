@@ -258,6 +258,18 @@ def test_node_local_operations(nodes):
         close(dj.layers.resize(x, (7, 9), mesh=mesh), larger, FLOAT32)
 
 
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])
+def test_a_result_is_what_arrives(wire_dtype):
+    """On every node, its own part included, and emulated as well."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 6)), jnp.float32)
+    for mesh in meshes(3):
+        gather = dj.Gather(5, mesh=mesh, always=True, wire_dtype=wire_dtype)
+        expected = x[..., :5].astype(wire_dtype).astype(jnp.float32)
+        np.testing.assert_array_equal(gather(x), expected)
+    with pytest.raises(dj.DiscoError, match="must be a floating dtype"):
+        dj.Gather(5, mesh=mesh, wire_dtype="int8")
+
+
 @pytest.mark.parametrize("nodes", NODES)
 def test_l2_norm(nodes):
     """Over the channels of all nodes; where all are 0 it stays 0, and so does the gradient."""

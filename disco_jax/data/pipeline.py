@@ -8,8 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from disco_jax.data.images import Source
 from disco_jax.data.preprocess import Preprocess
-from disco_jax.data.sources import Source
 from disco_jax.errors import require
 
 Batch = dict[str, np.ndarray]

@@ -1,114 +1,31 @@
-"""Labelled images from one ``source`` string: embedded digits, IDX files, folders, TFDS.
+"""Examples from one ``source`` string: embedded ones, files and folders, TFDS.
 
-A source is random access: ``len(source)``, and ``source[i]`` is
-``{"image": uint8[h, w, c], "label": int}``.
+A source is random access: ``len(source)``, and ``source[i]`` is an example. Classification has
+``{"image": uint8[h, w, c], "label": int}``; see ``scenes``, ``coco``, ``masks`` and ``photos`` for
+the other tasks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import UInt8
 
+from disco_jax.data import coco, masks, photos, scenes, tfds, voc
+from disco_jax.data.images import (
+    SPLITS,
+    ArraySource,
+    FileSource,
+    Source,
+    hold_out,
+    image_files,
+)
 from disco_jax.errors import DiscoError, require
-
-SPLITS = ("train", "validation", "test")
-HELD_OUT = 0.1  # share of the training images used for validation where a set has no such split
-
-
-class Source(Protocol):
-    """Random access to labelled images."""
-
-    num_classes: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images in memory."""
-
-    images: UInt8[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, "n"]
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-    def subset(self, index: np.ndarray) -> ArraySource:
-        return ArraySource(self.images[index], self.labels[index], self.num_classes)
-
-
-@dataclasses.dataclass(frozen=True)
-class FileSource:
-    """Image files, read when asked for."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
-        return {"image": decode(path, str(path)), "label": self.labels[index]}
-
-    def subset(self, index: np.ndarray) -> FileSource:
-        return FileSource(
-            tuple(self.paths[i] for i in index),
-            tuple(self.labels[i] for i in index),
-            self.num_classes,
-        )
-
-
-def decode(
-    file: Path | BinaryIO, name: str, channels: int = 3
-) -> UInt8[np.ndarray, "h w channels"]:
-    """The pixels of an image file in colour, or in grey if there is 1 channel.
-
-    Raises:
-      DiscoError: if it is missing, damaged, no image, or of absurd size; it has the ``name``.
-    """
-    try:
-        image = np.asarray(Image.open(file).convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no format that Pillow knows" if unknown else " ".join(str(error).split())
-        raise DiscoError(
-            f"`image` {name} cannot be read ({reason}); replace or remove the file"
-        ) from None
-    return image.reshape(*image.shape[:2], -1)
-
-
-def image_files(found: Iterable[Path]) -> list[Path]:
-    """Those whose names end as images' do, sorted."""
-    suffixes = set(Image.registered_extensions())
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
-
-
-def hold_out(count: int, split: str) -> Int[np.ndarray, "m"]:
-    """Indices of ``train`` or ``validation`` among training images: a fixed random tenth."""
-    require(
-        count >= 10,
-        f"`data.source` has {count} training images, but needs at least 10, a tenth of which "
-        "validates; add images",
-    )
-    order = np.random.default_rng(0).permutation(count)
-    held = round(count * HELD_OUT)
-    return np.sort(order[:held] if split == "validation" else order[held:])
 
 
 def digits(_: str, split: str) -> ArraySource:
@@ -228,60 +145,34 @@ def _class_folders(root: Path, classes: list[str]) -> FileSource:
     return FileSource(paths, labels, len(classes))
 
 
-class TfdsSource:
-    """A TensorFlow Datasets set prepared as array_record; TensorFlow itself is not needed."""
-
-    def __init__(self, name: str, split: str):
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder(name)
-            available = set(builder.info.splits)
-            if not available:
-                raise FileNotFoundError("it was never prepared")
-            if "test" in available and builder.as_data_source(split="test")[0]["label"] < 0:
-                available.remove("test")  # published without labels, as ImageNet's
-            self._source = builder.as_data_source(split=_tfds_split(available, split))
-        except Exception as error:  # TFDS raises a dozen types for "it is not there"
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise DiscoError(
-                f"`data.source` (=tfds:{name}) split {split!r} is not to be had ({reason}); "
-                f"prepare it with `tfds build {name} --file_format=array_record`, and "
-                "set TFDS_DATA_DIR if it is not in ~/tensorflow_datasets"
-            ) from None
-        self.num_classes = int(builder.info.features["label"].num_classes)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._source[index]
-        return {"image": np.asarray(example["image"]), "label": int(example["label"])}
-
-
-def _tfds_split(available: set[str], split: str) -> str:
-    """Where a published split is missing, a tenth of the training images validates."""
-    published = {"validation", "test"} <= available
-    cut = round(100 * (1 - HELD_OUT))
-    carved = {"train": f"train[:{cut}%]", "validation": f"train[{cut}%:]"}
-    if split == "test":
-        return "test" if "test" in available else "validation"
-    return split if published else carved[split]
-
-
 READERS: dict[str, Callable[[str, str], Any]] = {
     "digits": digits,
     "idx": idx,
     "folder": folder,
-    "tfds": TfdsSource,
+    "tfds": tfds.Labelled,
+    "scenes": scenes.scenes,
+    "coco": coco.coco,
+    "voc": voc.voc,
+    "tfds_objects": tfds.Objects,
+    "segments": scenes.segments,
+    "masks": masks.masks,
+    "tfds_masks": tfds.Masks,
+    "samples": photos.samples,
+    "photos": photos.photos,
+    "tfds_photos": tfds.Photos,
 }
+EMBEDDED = ("digits", "scenes", "segments", "samples")  # need no name
 
 
 def load(source: str, split: str) -> Source:
     """Opens one split of a data set.
 
     Args:
-      source: ``"digits"``, ``"idx:FOLDER"``, ``"folder:ROOT"`` or ``"tfds:NAME"``.
+      source: a kind and a name, ``"folder:ROOT"`` say. Classification: ``"digits"``,
+        ``"idx:FOLDER"``, ``"folder:ROOT"``, ``"tfds:NAME"``. Detection: ``"scenes"``,
+        ``"coco:ROOT"``, ``"voc:ROOT"``, ``"tfds_objects:NAME"``. Segmentation: ``"segments"``,
+        ``"masks:ROOT"``, ``"tfds_masks:NAME#CLASSES"``.
+        Super-resolution: ``"samples"``, ``"photos:ROOT"``, ``"tfds_photos:NAME"``.
       split: ``"train"``, ``"validation"`` or ``"test"``; no choice may look at the last.
 
     Raises:
@@ -293,9 +184,9 @@ def load(source: str, split: str) -> Source:
     """
     kind, _, name = source.partition(":")
     require(
-        kind in READERS and (bool(name) == (kind != "digits")),
-        f"`data.source` (={source!r}) must be 'digits', 'idx:FOLDER', 'folder:ROOT' or "
-        "'tfds:NAME'; write one of these",
+        kind in READERS and (bool(name) != (kind in EMBEDDED)),
+        f"`data.source` (={source!r}) must be {', '.join(EMBEDDED)}, or KIND:NAME with a kind of "
+        f"{', '.join(k for k in READERS if k not in EMBEDDED)}; write one of these",
     )
     require(
         split in SPLITS,

@@ -68,6 +68,14 @@ class Upscaler(nnx.Module):
 
     A convolution, a residual ``body``, convolutions with pixel shuffles, a convolution. What a
     pixel shuffle takes stays together on a node, so that it moves nothing.
+
+    Args:
+      body: makes the residual body, given ``conv``.
+      scale: 2, 3 or 4.
+      width: channels.
+      in_channels: channels of the images, which every node holds.
+      result_dtype: what the result travels in, ``"float16"`` say; None: as computed.
+      dtype, param_dtype: computed in, and stored in.
     """
 
     def __init__(
@@ -78,9 +86,10 @@ class Upscaler(nnx.Module):
         rngs: nnx.Rngs,
         scale: int,
         width: int,
-        in_channels: int,
-        dtype: jax.typing.DTypeLike | None,
-        param_dtype: jax.typing.DTypeLike,
+        in_channels: int = 3,
+        result_dtype: str | None = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = "float32",
     ):
         require(
             scale in SHUFFLES,
@@ -99,7 +108,7 @@ class Upscaler(nnx.Module):
             conv(width, width * step**2, unit=step**2) for step in SHUFFLES[scale]
         )
         self.head = conv(width, in_channels)
-        self.image = Gather(in_channels, mesh=mesh)
+        self.image = Gather(in_channels, mesh=mesh, wire_dtype=result_dtype)
 
     def __call__(self, images: Map) -> Float[Array, "b h2 w2 c"]:
         x = self.body(self.conv(images))
@@ -115,8 +124,7 @@ class EDSR(Upscaler):
       scale: 2, 3 or 4.
       width, depth: channels, and residual blocks.
       factor: what the blocks' results are multiplied by.
-      in_channels: channels of the images, which every node holds.
-      dtype, param_dtype: computed in, and stored in.
+      **kwargs: see :class:`Upscaler`.
     """
 
     def __init__(
@@ -128,24 +136,13 @@ class EDSR(Upscaler):
         width: int = 64,
         depth: int = 16,
         factor: float = 1.0,
-        in_channels: int = 3,
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = "float32",
+        **kwargs: Any,
     ):
         def body(conv: Layer) -> Group:
             blocks = [ResidualBlock(width, factor=factor, conv=conv) for _ in range(depth)]
             return Group(width, blocks, conv=conv)
 
-        super().__init__(
-            body,
-            mesh=mesh,
-            rngs=rngs,
-            scale=scale,
-            width=width,
-            in_channels=in_channels,
-            dtype=dtype,
-            param_dtype=param_dtype,
-        )
+        super().__init__(body, mesh=mesh, rngs=rngs, scale=scale, width=width, **kwargs)
 
 
 class RCAN(Upscaler):
@@ -156,8 +153,7 @@ class RCAN(Upscaler):
       width: channels.
       groups, depth: residual groups, and blocks in each.
       reduction: by how much the attention narrows the channels.
-      in_channels: channels of the images, which every node holds.
-      dtype, param_dtype: computed in, and stored in.
+      **kwargs: see :class:`Upscaler`.
     """
 
     def __init__(
@@ -170,9 +166,7 @@ class RCAN(Upscaler):
         groups: int = 10,
         depth: int = 20,
         reduction: int = 16,
-        in_channels: int = 3,
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = "float32",
+        **kwargs: Any,
     ):
         def group(conv: Layer) -> Group:
             blocks = [AttentionBlock(width, reduction=reduction, conv=conv) for _ in range(depth)]
@@ -181,13 +175,4 @@ class RCAN(Upscaler):
         def body(conv: Layer) -> Group:
             return Group(width, [group(conv) for _ in range(groups)], conv=conv)
 
-        super().__init__(
-            body,
-            mesh=mesh,
-            rngs=rngs,
-            scale=scale,
-            width=width,
-            in_channels=in_channels,
-            dtype=dtype,
-            param_dtype=param_dtype,
-        )
+        super().__init__(body, mesh=mesh, rngs=rngs, scale=scale, width=width, **kwargs)

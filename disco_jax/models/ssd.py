@@ -167,13 +167,16 @@ class Head(nnx.Module):
     What it finds goes to all nodes: a box needs the numbers of several channels.
     """
 
-    def __init__(self, exchange: Exchange, boxes: int, classes: int, *, conv: Layer):
+    def __init__(
+        self, exchange: Exchange, boxes: int, classes: int, *, conv: Layer, result_dtype: str | None
+    ):
         c_in, mesh = exchange.features, exchange.mesh
         self.classes = classes
         self.scores = conv(c_in, boxes * classes, (3, 3), exchange=exchange)
         self.offsets = conv(c_in, boxes * 4, (3, 3), exchange=exchange)
-        self.gather_scores = Gather(boxes * classes, mesh=mesh, always=True)
-        self.gather_offsets = Gather(boxes * 4, mesh=mesh, always=True)
+        gather = partial(Gather, mesh=mesh, always=True, wire_dtype=result_dtype)
+        self.gather_scores = gather(boxes * classes)
+        self.gather_offsets = gather(boxes * 4)
 
     def __call__(
         self, x: Float[Array, "b h w c"]
@@ -195,6 +198,7 @@ class SSD(nnx.Module):
       trunk: what makes the maps.
       num_classes: classes of objects, without the background.
       scales, ratios, steps: of the default boxes, see ``tasks.boxes.default_boxes``.
+      result_dtype: what scores and offsets travel in, ``"float16"`` say; None: as computed.
       **kwargs: what the trunk takes (``width``, ``extra``, ``in_channels``, ``dtype``, ...).
     """
 
@@ -208,6 +212,7 @@ class SSD(nnx.Module):
         scales: Sequence[float] = SCALES,
         ratios: Sequence[Sequence[float]] = RATIOS,
         steps: Sequence[float] | None = None,
+        result_dtype: str | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = "float32",
         **kwargs: Any,
@@ -224,7 +229,9 @@ class SSD(nnx.Module):
         self.steps = None if steps is None else tuple(steps[:count])
         conv: Layer = partial(Conv, pad=True, padding=1, **dtypes, rngs=rngs)
         self.heads = nnx.List(
-            Head(exchange, 2 + 2 * len(beside), 1 + num_classes, conv=conv)
+            Head(
+                exchange, 2 + 2 * len(beside), 1 + num_classes, conv=conv, result_dtype=result_dtype
+            )
             for exchange, beside in zip(self._exchanges(mesh), self.ratios, strict=True)
         )
 

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from disco_jax.data.images import decode
 from disco_jax.data.preprocess import Preprocess
-from disco_jax.data.sources import decode
 from disco_jax.errors import DiscoError, require
 from disco_jax.gather import everywhere
 from disco_jax.heap import give_back_memory

@@ -78,7 +78,7 @@ def overlap(a: Boxes, b: Boxes) -> Float[Array, "..."]:
     return jnp.where(union > 0, common / jnp.where(union > 0, union, 1), 0)
 
 
-def encode(boxes: Boxes, defaults: Boxes) -> Boxes:
+def encode(boxes: Boxes, defaults: Boxes) -> Float[Array, "... 4"]:
     """Centre relative to the default box, logarithm of the size, both divided by their variance."""
     (centre, size), (origin, unit) = _centred(boxes), _centred(defaults)
     size = jnp.maximum(size, 1e-6)  # boxes that only fill up a batch
@@ -86,7 +86,7 @@ def encode(boxes: Boxes, defaults: Boxes) -> Boxes:
     return codes / jnp.asarray(VARIANCES, codes.dtype)
 
 
-def decode(codes: Boxes, defaults: Boxes) -> Boxes:
+def decode(codes: Boxes, defaults: Boxes) -> Float[Array, "... 4"]:
     """The inverse of :func:`encode`."""
     origin, unit = _centred(defaults)
     shift, stretch = jnp.split(codes * jnp.asarray(VARIANCES, codes.dtype), 2, -1)

@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-Metrics = dict[str, Float[Array, ""]]
+from disco_jax.tasks import distillation
+from disco_jax.tasks.task import Batch, Measures
+
+Logits = Float[Array, "b classes"]
 
 
-def loss(
-    logits: Float[Array, "b classes"], labels: Int[Array, "b"], *, label_smoothing: float = 0.0
-) -> Float[Array, ""]:
-    """Mean cross-entropy against labels smoothed towards uniform (Szegedy et al. 2016).
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """One class for each image; batches have ``"label"``, ``int[b]``.
 
-    >>> round(float(loss(jnp.zeros((1, 2)), jnp.array([0]))), 4)
-    0.6931
+    Attributes:
+      label_smoothing: share of the target that all classes have alike (Szegedy et al. 2016).
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
 
+    label_smoothing: float = 0.0
+    metric = "accuracy"
+    unit = "%"
 
-def sums(
-    logits: Float[Array, "b classes"], labels: Int[Array, "b"], weight: Float[Array, "b"]
-) -> Metrics:
-    """Sums over the examples of weight 1: ``correct``, ``loss`` and ``count``."""
-    each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    correct = logits.argmax(-1) == labels
-    return {
-        "correct": jnp.sum(correct * weight),
-        "loss": jnp.sum(each * weight),
-        "count": jnp.sum(weight),
-    }
+    def loss(self, outputs: Logits, batch: Batch) -> Float[Array, ""]:
+        """Mean cross-entropy against smoothed labels.
+
+        >>> round(float(Classification().loss(jnp.zeros((1, 2)), {"label": jnp.array([0])})), 4)
+        0.6931
+        """
+        logits = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        labels = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        targets = optax.smooth_labels(labels, self.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    def imitation(self, outputs: Logits, teacher: Logits, temperature: float) -> Float[Array, ""]:
+        """The teacher's soft labels."""
+        return distillation.soft_labels(outputs, teacher, temperature)
+
+    def measure(self, outputs: Logits, batch: Batch) -> Measures:
+        """Sums over the examples of weight 1: ``correct``, ``loss`` and ``count``."""
+        labels, weight = batch["label"], batch["weight"]
+        logits = outputs.astype(jnp.float32)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = outputs.argmax(-1) == labels
+        return {
+            "correct": jnp.sum(correct * weight),
+            "loss": jnp.sum(each * weight),
+            "count": jnp.sum(weight),
+        }
+
+    def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """``accuracy`` and mean ``loss``."""
+        total = {k: sum(float(part[k]) for part in found) for k in ("correct", "loss", "count")}
+        accuracy = total["correct"] / total["count"]
+        return {"accuracy": accuracy, "loss": total["loss"] / total["count"]}

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from disco_jax.data.images import Source
 from disco_jax.data.pipeline import evaluation_batches
 from disco_jax.data.preprocess import Preprocess
-from disco_jax.data.sources import Source
 from disco_jax.errors import DiscoError, require
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import batch_spec
-from disco_jax.tasks import classification
+from disco_jax.tasks.task import Task, shown
 from disco_jax.train.checkpoint import Checkpoints
 from disco_jax.train.progress import MetricsWriter, console, progress_bar
 from disco_jax.train.step import Distillation, TrainState, train_step
@@ -30,7 +30,7 @@ from disco_jax.train.step import Distillation, TrainState, train_step
 # Whole programs, not one for each operation: programs that are independent of each other but
 # wait for all devices can keep each other's devices busy for ever.
 _norm = jax.jit(optax.tree.norm)
-_sums = jax.jit(classification.sums)
+_measure = jax.jit(lambda task, outputs, batch: task.measure(outputs, batch), static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Phase:
       steps_per_epoch: how often to validate.
       save_every: updates between checkpoints.
       keep: checkpoints kept.
-      label_smoothing, ema_decay, accumulate: see ``train_step``.
+      task, ema_decay, accumulate: see ``train_step``.
       settings: all that determines the result, stored with the checkpoints.
       distill, penalty: see ``train_step``.
     """
@@ -55,7 +55,7 @@ class Phase:
     steps_per_epoch: int
     save_every: int
     keep: int
-    label_smoothing: float
+    task: Task
     ema_decay: float
     accumulate: int
     settings: dict[str, Any]
@@ -111,7 +111,7 @@ def _run(
         model,
         phase.tx,
         state,
-        label_smoothing=phase.label_smoothing,
+        task=phase.task,
         ema_decay=phase.ema_decay,
         accumulate=phase.accumulate,
         distill=phase.distill,
@@ -123,7 +123,7 @@ def _run(
         for step in range(first + 1, phase.steps + 1):
             batch = put_batch(next(batches), mesh)
             state, loss = step_fn(state, batch)
-            seen += len(batch["label"])
+            seen += len(batch["image"])
             if step == first + 1:  # compilation is not throughput
                 jax.block_until_ready(loss)
                 mark, seen = time.perf_counter(), 0
@@ -139,8 +139,9 @@ def _run(
                 state.write_to(model)
                 found = validate(model)
                 metrics.write(phase.name, step, **found)
-                accuracy = 100 * found["accuracy"]
-                console.print(f"{phase.name} step {step}: validation accuracy {accuracy:.2f} %")
+                metric = phase.task.metric
+                reached = shown(found[metric], phase.task.unit)
+                console.print(f"{phase.name} step {step}: validation {metric} {reached}")
                 mark = time.perf_counter()
             if last or step % phase.save_every == 0:
                 _finite(float(_norm(state.params)), phase, step)
@@ -160,17 +161,19 @@ def _finite(value: float, phase: Phase, step: int) -> float:
 
 
 def evaluate(
-    run: Callable[[jax.Array], jax.Array],
+    task: Task,
+    run: Callable[[jax.Array], Any],
     source: Source,
     preprocess: Preprocess,
     batch_size: int,
     *,
     mesh: NodeMesh,
 ) -> dict[str, float]:
-    """Accuracy and mean loss over a whole split.
+    """The task's metrics over a whole split.
 
     Args:
-      run: images to logits (a ``Program`` or a ``Frozen``).
+      task: what is measured.
+      run: images to outputs (a ``Program`` or a ``Frozen``).
       source: the images.
       preprocess: how they are prepared.
       batch_size: images at a time; must divide by the mesh's ``data``.
@@ -181,10 +184,9 @@ def evaluate(
         f"`eval_batch_size` (={batch_size}) must be divisible by `data` (={mesh.data}); choose a "
         "multiple",
     )
-    total = {"correct": 0.0, "loss": 0.0, "count": 0.0}
+    found = []
     for batch in evaluation_batches(source, preprocess, batch_size):
-        logits = run(jnp.asarray(batch["image"]))
-        found = _sums(logits, *(mesh.put(batch[k], None) for k in ("label", "weight")))
-        total = {k: total[k] + float(found[k]) for k in total}
-    count = total["count"]
-    return {"accuracy": total["correct"] / count, "loss": total["loss"] / count}
+        outputs = run(jnp.asarray(batch.pop("image")))
+        truth = {k: mesh.put(v, *[None] * v.ndim) for k, v in batch.items()}
+        found.append(jax.device_get(_measure(task, outputs, truth)))
+    return task.summary(found)

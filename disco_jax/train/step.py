@@ -16,9 +16,12 @@ from disco_jax.exchange import Exchange
 from disco_jax.mesh import NodeMesh
 from disco_jax.readable import recording
 from disco_jax.sparsify import apply_masks
-from disco_jax.tasks import classification, distillation
+from disco_jax.tasks import distillation
+from disco_jax.tasks.classification import Classification
+from disco_jax.tasks.task import Task
 
 Batch = dict[str, Array]
+Observed = tuple[Any, list[Array]]  # outputs, and the inputs of all exchanges in order
 
 
 @jax.tree_util.register_dataclass
@@ -53,13 +56,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """What a model learns from a teacher beside the labels.
+    """What a model learns from a teacher beside the truth.
 
     Attributes:
       teacher: a model with the same exchanges, often the same weights with full masks. It is not
         changed.
-      weight: share of the soft labels in the loss; the labels have the rest.
-      temperature: of the soft labels.
+      weight: share of the task's imitation in the loss; the truth has the rest.
+      temperature: of soft labels.
       features: weight of the difference between what student and teacher send to the exchanges.
     """
 
@@ -69,19 +72,18 @@ class Distillation:
     features: float = 0.0
 
     def loss(
-        self, labels: Array, logits: Array, seen: list[Array], teacher: tuple[Array, list[Array]]
+        self, task: Task, truth: Array, student: Observed, teacher: Observed
     ) -> Float[Array, ""]:
-        """The loss from that of the labels, and what both networks gave."""
-        soft = distillation.soft_labels(logits, teacher[0], self.temperature)
-        loss = (1 - self.weight) * labels + self.weight * soft
-        return loss + self.features * distillation.features(seen, teacher[1])
+        """The loss from that against the truth, and what both networks gave."""
+        soft = task.imitation(student[0], teacher[0], self.temperature)
+        loss = (1 - self.weight) * truth + self.weight * soft
+        return loss + self.features * distillation.features(student[1], teacher[1])
 
 
-def _observe(model: nnx.Module, images: Array) -> tuple[Array, list[Array]]:
-    """Logits, and the inputs of all exchanges in order."""
+def _observe(model: nnx.Module, images: Array) -> Observed:
     with recording() as events:
-        logits = model(images)  # type: ignore[operator]
-    return logits, [x for module, x in events if isinstance(module, Exchange)]
+        outputs = model(images)  # type: ignore[operator]
+    return outputs, [x for module, x in events if isinstance(module, Exchange)]
 
 
 def train_step(
@@ -89,20 +91,22 @@ def train_step(
     tx: optax.GradientTransformation,
     state: TrainState,
     *,
-    label_smoothing: float = 0.0,
+    task: Task | None = None,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     distill: Distillation | None = None,
     penalty: Callable[[nnx.Module], Float[Array, ""]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Float[Array, ""]]]:
-    """Compiles ``state, {"image", "label"} -> state, loss`` for a model and an optimiser.
+    """Compiles ``state, batch -> state, loss`` for a model and an optimiser.
 
+    ``task`` is what the model is trained for, classification by default.
     ``accumulate`` is the number of batches that the optimiser takes for one update. Masks that it
     carries (``sparse_exchange``) are copied to the model's exchanges. ``penalty`` is a term of the
     loss that depends on the model alone.
     The state keeps the placement of the given one, whose memory each step reuses.
     """
     model.train()
+    task = task or Classification()
     graphdef, _ = nnx.split(model)
     teacher = _frozen(distill.teacher) if distill else None
 
@@ -111,11 +115,11 @@ def train_step(
     ) -> tuple[TrainState, Float[Array, ""]]:
         def loss_fn(params: nnx.State) -> tuple[Float[Array, ""], nnx.State]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
-            logits, seen = _observe(model, batch["image"])
-            loss = classification.loss(logits, batch["label"], label_smoothing=label_smoothing)
+            student = _observe(model, batch["image"])
+            loss = task.loss(student[0], batch)
             if distill and teacher:
                 shown = _observe(teacher[0](teacher_leaves), batch["image"])
-                loss = distill.loss(loss, logits, seen, jax.lax.stop_gradient(shown))
+                loss = distill.loss(task, loss, student, jax.lax.stop_gradient(shown))
             if penalty:
                 loss += penalty(model)
             return loss, nnx.state(model, nnx.Not(nnx.Param))
