@@ -1,6 +1,10 @@
-"""What density 0.2 costs against the dense split and one node: ResNet-50 or DeiT-S, 224x224.
+"""What density 0.2 costs against the dense split and one node, at full size.
 
-    python experiments/cost_table.py [--model=resnet50|deit_s] [--size=224] [--density=0.2]
+    python experiments/cost_table.py [--model=resnet50] [--size 224 224] [--density=0.2]
+    python experiments/cost_table.py --model=deit_s
+    python experiments/cost_table.py --model=ssd300                  # 300x300
+    python experiments/cost_table.py --model=deeplabv3_resnet50      # 513x513
+    python experiments/cost_table.py --model=edsr                    # 360x640 to 720x1280
 
 Traffic is in bytes per example over all links (float32), multiplications and memory
 (weights, and activations of one example) are one node's. Masks are chosen by the magnitude of
@@ -38,14 +42,15 @@ COLUMNS = (
     "weights",
     "memory",
 )
+SIZES = {"ssd300": (300, 300), "deeplabv3_resnet50": (513, 513), "edsr": (360, 640)}
 LINK, GMACS = dj.cost.Link(mbit=100, ms=0.1), 70
 
 
-def row(name: str, nodes: int, density: float, size: int) -> dict[str, Any]:
+def row(name: str, nodes: int, density: float, size: tuple[int, ...]) -> dict[str, Any]:
     mesh = dj.NodeMesh(nodes, emulate=True)
     model = dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0))
     dj.sparsify.prune(model, density)
-    plan = dj.freeze(model, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)).plan
+    plan = dj.freeze(model, jax.ShapeDtypeStruct((1, *size, 3), np.float32)).plan
     memory = dj.cost.memory(plan)
     weights, macs = plan.single_node_weight_bytes, plan.single_node_macs
     return {
@@ -81,15 +86,16 @@ def megabytes(size: int | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, nargs=2, help="height and width; 224x224 for most")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    alone, *rows = (row(args.model, n, args.density, args.size) for n in (1, *args.nodes))
+    size = tuple(args.size or SIZES.get(args.model, (224, 224)))
+    alone, *rows = (row(args.model, n, args.density, size) for n in (1, *args.nodes))
     for r in rows:
         r["memory_share"] = r["memory_bytes_per_node"] / alone["memory_bytes_per_node"]
-    table = Table(title=f"{args.model}, {args.size}x{args.size}, density {args.density}")
+    table = Table(title=f"{args.model}, {size[0]}x{size[1]}, density {args.density}")
     for heading in COLUMNS:
         table.add_column(heading, justify="right")
     for r in rows:
