@@ -40,9 +40,9 @@ def get_config(variant: str = "scenes"):
         c.data.update(source="masks:data/land", size=128, **IMAGENET)
         c.data.train_transforms = ("scale_crop", "mirror", "turn")
         c.data.eval_transforms = ("fit",)
-        c.dense.update(epochs=40.0, learning_rate=2e-3)
-        c.sparse.update(epochs=10.0, learning_rate=1e-3)
-        c.checkpoint.every_epochs = 10.0
+        c.dense.update(epochs=25.0, learning_rate=2e-3)
+        c.sparse.update(epochs=8.0, learning_rate=1e-3)
+        c.checkpoint.every_epochs = 5.0
     if variant == "pets":
         c.model.update(name="deeplabv3_resnet50", width=64, head_width=256, dropout=0.5)
         c.model.update(output_stride=16, auxiliary=True, dtype="bfloat16")

@@ -42,9 +42,9 @@ def get_config(variant: str = "scenes"):
         c.data.update(source="coco:data/scenes", size=160, train_transforms=AUGMENTED)
         c.data.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         c.data.eval_transforms = ("resize",)
-        c.dense.update(epochs=30.0, learning_rate=2e-3)
-        c.sparse.update(epochs=8.0, learning_rate=1e-3)
-        c.checkpoint.every_epochs = 5.0
+        c.dense.update(epochs=14.0, learning_rate=2e-3)
+        c.sparse.update(epochs=4.0, learning_rate=1e-3)
+        c.checkpoint.every_epochs = 2.0
     if variant == "voc":
         c.model.update(name="ssd300", width=64, extra=4, dtype="bfloat16")
         c.model.scales = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
-Group = tuple[int, int, int, str]  # width, nodes, times less, method
+Group = tuple[str, int, int, int, str]  # model, width, nodes, times less, method
 SEEDS = 3  # fewer are no claim
 DASHED = {
     "dense": {"color": "black", "linestyle": "--", "label": "dense split"},
@@ -34,7 +34,14 @@ NAMES = {
     "planned": "planned, int4",
 }
 WITHOUT_BUDGET = ("dense", "none")
-NETWORKS = {8: "ResNet-20, width 8", 16: "ResNet-20, width 16", 64: "ViT, width 64"}
+NAMED = {
+    "resnet20": "ResNet-20",
+    "vit_micro": "ViT",
+    "deeplab": "DeepLabV3",
+    "ssd": "SSD",
+    "edsr": "EDSR",
+}
+METRICS = {"deeplab": "mIoU, %", "ssd": "mAP, %", "edsr": "PSNR, dB"}
 
 
 def read(path: Path) -> list[Row]:
@@ -44,13 +51,18 @@ def read(path: Path) -> list[Row]:
 def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
     groups: dict[Group, list[Row]] = {}
     for r in rows:
-        groups.setdefault((r["width"], r["nodes"], r["times_less"], r["method"]), []).append(r)
+        group = (model(r), r["width"], r["nodes"], r["times_less"], r["method"])
+        groups.setdefault(group, []).append(r)
     return groups
 
 
-def dense(rows: Iterable[Row]) -> dict[tuple[int, int], float]:
-    """Accuracy of the dense split by (width, seed): the number of nodes does not change it."""
-    return {(r["width"], r["seed"]): r["test"] for r in rows if r["method"] == "dense"}
+def model(row: Row) -> str:
+    return row.get("model", "resnet20")
+
+
+def dense(rows: Iterable[Row]) -> dict[tuple[str, int, int], float]:
+    """Accuracy of the dense split by (model, width, seed): nodes do not change it."""
+    return {(model(r), r["width"], r["seed"]): r["test"] for r in rows if r["method"] == "dense"}
 
 
 def summary(found: list[Row]) -> tuple[float, float, float]:
@@ -63,14 +75,14 @@ def summary(found: list[Row]) -> tuple[float, float, float]:
 def show(rows: list[Row]) -> None:
     """One line for every method and budget; ``to dense`` compares runs of the same seed."""
     right = dense(rows)
-    for (width, nodes, times, method), found in sorted(grouped(rows).items()):
+    for (name, width, nodes, times, method), found in sorted(grouped(rows).items()):
         mean, spread, traffic = summary(found)
-        gaps = [r["test"] - right.get((width, r["seed"]), np.nan) for r in found]
+        gaps = [r["test"] - right.get((name, width, r["seed"]), np.nan) for r in found]
         validation = np.mean([r["validation"] for r in found])
         less = found[0]["dense_traffic"] / max(traffic, 1)
         budget = "  -" if method in WITHOUT_BUDGET else f"{times:2d}x"
         print(
-            f"{NETWORKS[width]}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} test "
+            f"{NAMED[name]}, width {width}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} test "
             f"{mean:.2f} ± {spread:.2f} ({len(found)} seeds), to dense {np.mean(gaps):+.2f}, "
             f"validation {validation:.2f}"
         )
@@ -79,20 +91,24 @@ def show(rows: list[Row]) -> None:
 def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
     """Accuracy against bytes, where there are enough seeds: a panel for each width and nodes."""
     groups = {k: v for k, v in grouped(rows).items() if len(v) >= SEEDS and k[-1] in shown}
-    panels = sorted({group[:2] for group in groups})
+    panels = sorted({group[:3] for group in groups})
     if not panels:
         raise SystemExit(f"no method has {SEEDS} seeds yet: there is nothing to draw")
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True)
+    names = {panel[0] for panel in panels}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4), sharey=len(names) == 1
+    )
     axes = np.atleast_1d(axes)
-    for axis, (width, nodes) in zip(axes, panels, strict=True):
-        mine = {k[2:]: v for k, v in groups.items() if k[:2] == (width, nodes)}
+    for axis, (name, width, nodes) in zip(axes, panels, strict=True):
+        mine = {k[3:]: v for k, v in groups.items() if k[:3] == (name, width, nodes)}
         draw_panel(axis, mine, shown)
-        right = np.mean([v for k, v in dense(rows).items() if k[0] == width])
+        right = np.mean([v for k, v in dense(rows).items() if k[:2] == (name, width)])
         axis.axhline(right, **DASHED["dense"])
         most = max(found[0]["dense_traffic"] for found in mine.values())
         axis.plot(most / 1e3, right, "*", color="black", markersize=10)
-        axis.set_title(f"{NETWORKS[width]}, {nodes} nodes", fontsize=10)
-    axes[0].set_ylabel("test accuracy, %")
+        axis.set_title(f"{NAMED[name]}, width {width}, {nodes} nodes", fontsize=10)
+        if axis is axes[0] or len(names) > 1:
+            axis.set_ylabel(f"test {METRICS.get(name, 'accuracy, %')}")
     lines = {
         label: line
         for a in axes

@@ -3,14 +3,18 @@
     python experiments/accuracy_vs_traffic.py --quick        # digits, a few minutes, one seed
     python experiments/accuracy_vs_traffic.py                # Fashion-MNIST; a night on two cores
     python experiments/accuracy_vs_traffic.py --model=vit_micro
+    python experiments/prepare_data.py --out=data            # then deeplab, ssd or edsr
+    python experiments/accuracy_vs_traffic.py --model=deeplab --data=data
     python experiments/accuracy_figure.py                    # table and figure of what is there
 
 ResNet-20, or a small vision transformer (6 blocks of width 64, patches of 7x7 pixels), on
-Fashion-MNIST (Debian package dataset-fashion-mnist). A dense network of each width and seed is
-trained once; every method starts from its weights, fine-tunes for the same number of epochs (one
-for the ResNet of width 16, which takes three times as long, and two for the others), and may look
-at the training and validation images only. The test accuracy is measured once, of the frozen model,
-at the end of a run. Traffic is that of its plan, fill included, against the dense split in float32.
+Fashion-MNIST (Debian package dataset-fashion-mnist); DeepLabV3, SSD and EDSR on the sets of
+``prepare_data.py``, whose rows have mIoU, mAP (in %) or PSNR (in dB) for accuracy. A dense network
+of each width and seed is trained once; every method starts from its weights, fine-tunes for the
+same number of epochs (one for the ResNet of width 16, which takes three times as long, two for the
+other one and the transformer, what the config says for the others), and may look at the training
+and validation images only. The test accuracy is measured once, of the frozen model, at the end of a
+run. Traffic is that of its plan, fill included, against the dense split in float32.
 One JSON line per run is appended to ``results/accuracy_vs_traffic.jsonl``; runs that are there are
 not done again, and an interrupted run goes on from its checkpoint. Start the script once for each
 core, with ``--share=0/2`` and ``--share=1/2``.
@@ -32,69 +36,46 @@ import jax
 import numpy as np
 from accuracy_figure import read, show
 from flax import nnx
+from methods import METHODS
 from ml_collections import ConfigDict
 
 from disco_jax import NodeMesh, cost, models, plan, sparsify, wire
+from disco_jax.data import sources
 from disco_jax.interop import pretrained
 from disco_jax.job import Job
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy_vs_traffic.jsonl"
+DENSE_PREDICTION = HERE / "results" / "dense_prediction.jsonl"
 DENSE = HERE / "results" / "dense"  # weights from earlier nights, so that these go on
-CONFIGS = {"resnet20": "resnet20_fashion_mnist", "vit_micro": "vit_fashion_mnist"}
-EPOCHS = {8: 2.0, 16: 1.0, 64: 2.0}  # of fine-tuning, by width
-RATES = {"resnet20": 0.05, "vit_micro": 5e-4}  # of fine-tuning
-VIT = {
-    "widths": [64],
-    "methods": ["dense", "none", "random", "uniform l2", "int8", "best"],
-}
-ASSIGN = {"assignment": "local"}
-BY_COST = {"budget": "by_cost", "floor": 0.3}
-DISTILL = {"distill.weight": 0.9, "distill.features": 1.0}
-GATES = {"gates": "hard_concrete"}
-REGROW = {"regrow": "gradient"}
-ALL = {**ASSIGN, **BY_COST, **DISTILL}
-INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
-INT4 = {"wire_dtype": "int4", "quantise": True}  # eight times, with rounding in training
-# What each method changes in the `sparse` section of the config.
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "none": {"score": "none"},
-    "random": {"score": "random", "schedule": "constant"},
-    "uniform l2": {},
-    "best": {**ASSIGN, **BY_COST, **INT8, "distill.weight": 0.5},
-    # What each part adds, alone and together.
-    "all": ALL,
-    "assigned": ASSIGN,
-    "by cost": BY_COST,
-    "gates": GATES,
-    "regrown": REGROW,
-    "distilled": DISTILL,
-    "int8": INT8,
-    "int8 + assigned + by cost": {**ASSIGN, **BY_COST, **INT8},
-    "all + int8": {**ALL, **INT8},
-    "int8 in training": {**INT8, "quantise": True},
-    "int4": INT4,
-    # Densities and wire dtypes as `cost.plan_latency` chooses them.
-    "planned": {**ASSIGN, "quantise": True, "distill.weight": 0.5, "planned": True},
-    "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
-    "all but assigned": {**BY_COST, **DISTILL},
-    "all but by cost": {**ASSIGN, **DISTILL},
-    "all but distilled": {**ASSIGN, **BY_COST},
-    "all + regrown": {**ALL, **REGROW},
-    "all + gates": {**ASSIGN, **DISTILL, **GATES},
-    # Without labels or training.
-    "one-shot": {},
-    "post-training": {"post_training": True, **ASSIGN, **BY_COST},
-    "best post-training": {"post_training": True, **ASSIGN, **BY_COST, **INT8},
-    # Other choices.
-    "uniform l1": {"score": "l1"},
-    "taylor": {"score": "taylor"},
-    "activation": {"score": "activation"},
-    "reconstruction": {"score": "reconstruction"},
-    "feedback": {"regrow": "feedback"},
-    "lasso": {"lasso": 1e-3},
-    "straight through": {"gates": "straight_through"},
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What is trained, and how it is fine-tuned; None: as the config says."""
+
+    config: str  # file and variant
+    widths: tuple[int, ...]
+    nodes: tuple[int, ...] = (4, 2)
+    times_less: tuple[int, ...] = (5, 20)
+    methods: tuple[str, ...] = ("dense", "none", "random", "uniform l2", "int8", "best")
+    epochs: dict[int, float] | None = None  # by width
+    rate: float | None = None
+    source: str | None = None  # within --data
+
+
+NETWORKS = {
+    "resnet20": Network(
+        "resnet20_fashion_mnist:full",
+        (8, 16),
+        methods=tuple(METHODS),
+        epochs={8: 2.0, 16: 1.0},
+        rate=0.05,
+    ),
+    "vit_micro": Network("vit_fashion_mnist", (64,), epochs={64: 2.0}, rate=5e-4),
+    "deeplab": Network("deeplab:land", (16,), (2,), (5,), source="masks:{}/land"),
+    "ssd": Network("ssd:stamps", (16,), (2,), (5,), source="coco:{}/scenes"),
+    "edsr": Network("edsr:photos", (16,), (2,), (5,), source="photos:{}/photos"),
 }
 QUICK = {
     "widths": [8],
@@ -122,49 +103,55 @@ class Run:
         return f"w{self.width}-n{self.nodes}-s{self.seed}-{method}-{self.times_less}x"
 
 
-def base_config(model: str, width: int, seed: int, quick: bool) -> ConfigDict:
-    path = HERE.parent / "configs" / f"{CONFIGS[model]}.py"
-    spec = importlib.util.spec_from_file_location("config", path)
+def base_config(args: argparse.Namespace, width: int, seed: int) -> ConfigDict:
+    network = NETWORKS[args.model]
+    name, _, variant = network.config.partition(":")
+    spec = importlib.util.spec_from_file_location("config", HERE.parent / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c = module.get_config()
+    c = module.get_config(*filter(None, [variant]))
     c.seed, c.emulate = seed, True
-    if model == "resnet20":
-        c.model.width = width
+    if args.model == "resnet20":
         c.dense.update(epochs=6.0, learning_rate=0.1)
-    else:
+    if args.model == "vit_micro":
         c.model.update(patch=7)
-    if quick:
+    else:
+        c.model.width = width
+    if network.source:
+        c.data.source = network.source.format(args.data)
+    if args.quick:
         c.data.source, c.data.size = "digits", c.model.get("image_size", 16)
         c.batch_size, c.eval_batch_size = 32, 120
     return c
 
 
-def dense_weights(model: str, width: int, seed: int, quick: bool, work: Path) -> Path:
+def dense_weights(args: argparse.Namespace, width: int, seed: int) -> Path:
     """Trains the dense network of a width and seed, once."""
-    known = DENSE / f"dense-w{width}-s{seed}.safetensors"
-    path = known if known.exists() and not quick else work / known.name
+    of = "" if args.model in ("resnet20", "vit_micro") else f"-{args.model}"
+    known = DENSE / f"dense{of}-w{width}-s{seed}.safetensors"
+    path = known if known.exists() and not args.quick else args.work / known.name
     if not path.exists():
-        c = base_config(model, width, seed, quick)
+        c = base_config(args, width, seed)
         c.nodes = 1
-        job = Job(c, work / f"dense-w{width}-s{seed}")
+        job = Job(c, args.work / path.stem)
         job.train("dense")
         pretrained.save(job.model, path)
     return path
 
 
-def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
-    c = base_config(run.model, run.width, run.seed, quick)
+def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
+    c, network = base_config(args, run.width, run.seed), NETWORKS[run.model]
     c.name, c.nodes = run.name, run.nodes
-    c.dense.weights = str(dense_weights(run.model, run.width, run.seed, quick, work))
+    c.dense.weights = str(dense_weights(args, run.width, run.seed))
     c.optimizer.warmup_epochs = 0.1
-    rate = RATES[run.model]
-    c.sparse.update(epochs=EPOCHS[run.width], learning_rate=rate, every=20, mask_share=0.25)
+    c.sparse.update(every=20, mask_share=0.25)
+    if network.epochs is not None:
+        c.sparse.update(epochs=network.epochs[run.width], learning_rate=network.rate)
     changes = dict(METHODS[run.method])
     changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
     # What no mask thins of a ResNet are its logits, a five-thousandth at most.
-    whole = statistics(c) if run.model == "vit_micro" else 0.0
+    whole = unmasked(c) if run.model != "resnet20" else 0.0
     density = 32 / wire.BITS[c.wire_dtype] * (1 / run.times_less - whole) / (1 - whole)
     c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
     with c.sparse.unlocked():
@@ -174,12 +161,14 @@ def config_of(run: Run, quick: bool, work: Path) -> ConfigDict:
     return c
 
 
-def statistics(config: ConfigDict) -> float:
-    """Share of the dense traffic that no mask thins: what layer norms tell each other."""
+def unmasked(config: ConfigDict) -> float:
+    """Share of the dense traffic that no mask thins: statistics of layer norms, and results."""
     mesh = NodeMesh(config.nodes, emulate=True)
-    model = models.create(mesh=mesh, num_classes=10, rngs=nnx.Rngs(0), **config.model)
+    classes = sources.load(config.data.source, "train").num_classes
+    options = {**config.model, **({"num_classes": classes} if classes else {})}
+    model = models.create(mesh=mesh, rngs=nnx.Rngs(0), **options)
     size = config.data.size
-    images = jax.ShapeDtypeStruct((1, size, size, config.model.in_channels), np.float32)
+    images = jax.ShapeDtypeStruct((1, size, size, len(config.data.mean)), np.float32)
     found = plan.freeze(model, images).plan
     whole = sum(e.traffic_bytes(found.nodes) for e in found.exchanges if e.gathered)
     return whole / found.dense_traffic_bytes
@@ -200,8 +189,8 @@ def planned(run: Run, config: ConfigDict, folder: Path) -> ConfigDict:
     return config
 
 
-def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
-    folder, config = work / run.name, config_of(run, quick, work)
+def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    folder, config = args.work / run.name, config_of(run, args)
     if METHODS[run.method].get("planned"):
         config = planned(run, config, folder)
     job = Job(config, folder)
@@ -216,13 +205,14 @@ def execute(run: Run, quick: bool, work: Path) -> dict[str, Any]:
     # Masked and packed are the same numbers, and masked is faster; rounding is in the packed only.
     rounds = any(map(wire.calibrated, job.recipe.wires.values()))
     program = frozen if rounds else plan.Program(job.model)
+    unit = 100 if job.task.unit == "%" else 1
     row = {
         **dataclasses.asdict(run),
         "traffic": frozen.plan.traffic_bytes,
         "dense_traffic": frozen.plan.dense_traffic_bytes,
         "exchanges": sum(bool(e.hops) for e in frozen.plan.exchanges),
-        "validation": round(100 * job.validate(program), 3),
-        "test": round(100 * job.test(program), 3),
+        "validation": round(unit * job.validate(program), 3),
+        "test": round(unit * job.test(program), 3),
         "seconds": round(seconds),
     }
     shutil.rmtree(folder)
@@ -252,27 +242,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines; --quick keeps them in --work")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy_vs_traffic"))
     parser.add_argument("--share", default="0/1", help="i/n: every n-th run, from the i-th")
-    for name, kind, values in (
-        ("widths", int, [8, 16]),
-        ("nodes", int, [4, 2]),
-        ("times_less", int, [5, 20]),
-        ("seeds", int, [0, 1, 2]),
-        ("methods", str, list(METHODS)),
-    ):
-        parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
-    parser.add_argument("--model", choices=CONFIGS, default="resnet20")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="of prepare_data.py")
+    parser.add_argument("--model", choices=NETWORKS, default="resnet20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     known, _ = parser.parse_known_args()
+    for name, kind in (("widths", int), ("nodes", int), ("times_less", int), ("methods", str)):
+        values = getattr(NETWORKS[known.model], name)
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=values)
     if known.quick:
         parser.set_defaults(**QUICK, work=Path("runs/accuracy_vs_traffic_quick"))
-    if known.model == "vit_micro":
-        parser.set_defaults(**VIT)
     args = parser.parse_args()
-    args.out = args.out or (args.work / RESULTS.name if args.quick else RESULTS)
+    results = DENSE_PREDICTION if NETWORKS[args.model].source else RESULTS
+    args.out = args.out or (args.work / RESULTS.name if args.quick else results)
     args.work.mkdir(parents=True, exist_ok=True)
     share, of = map(int, args.share.split("/"))
     for run in grid(args)[share::of]:
         if run not in map(done, read(args.out)):
-            row = execute(run, args.quick, args.work)
+            row = execute(run, args)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
