@@ -24,7 +24,9 @@ def get_config(variant: str = "scenes"):
     c = defaults()
     c.name = f"deeplab_{variant}"
     c.task.name = "segmentation"
-    c.model.update(name="deeplabv3_resnet18", width=16, head_width=32, dropout=0.1)
+    c.model.update(
+        name="deeplabv3_resnet18", width=16, head_width=32, dropout=0.1, result_dtype="float16"
+    )
     c.data.update(source="segments", size=64, mean=(0.3,) * 3, std=(0.25,) * 3)
     c.data.update(train_transforms=(), eval_transforms=())
     c.batch_size, c.eval_batch_size = 16, 40

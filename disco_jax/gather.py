@@ -54,14 +54,9 @@ class Gather(AllGather):
         self.features, self.always, self.wire_dtype = features, always, wire_dtype
         super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
 
-    @property
-    def stays(self) -> bool:
-        """Whether the result stays with those who computed it."""
-        whole = self.width * self.mesh.nodes == self.features
-        return self.mesh.nodes == 1 or (whole and not self.always)
-
     def __call__(self, x: Float[Array, "b ... padded"]) -> Float[Array, "b ... c"]:
-        if self.stays:
+        whole = x.shape[-1] == self.features
+        if self.mesh.nodes == 1 or (whole and not self.always):
             return x
         note(self, x)
         return everywhere(x, self.mesh, self.wire_dtype)[..., : self.features]

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import models, plan, settings, wire
+from disco_jax import models, pictures, plan, settings, tasks, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import preprocess, sources
@@ -27,6 +28,7 @@ from disco_jax.interop import pretrained
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan import artifact
 from disco_jax.tasks import shown
+from disco_jax.tasks.super_resolution import self_ensemble
 from disco_jax.train import optimizer
 from disco_jax.train.checkpoint import Checkpoints, check_writable
 from disco_jax.train.loop import Phase, evaluate, fit
@@ -57,7 +59,7 @@ class Job:
         self.train_preprocess = preprocess.training(config)
         self.eval_preprocess = preprocess.evaluation(config)
         classes = self.train_set.num_classes
-        self.task = settings.task(config, classes)
+        self.task = tasks.of(config, classes)
         options = config.model.to_dict() | ({"num_classes": classes} if classes else {})
         self.model = models.create(
             options.pop("name"), mesh=self.mesh, rngs=nnx.Rngs(config.seed), **options
@@ -222,8 +224,19 @@ class Job:
         test = sources.load(self.config.data.source, "test")
         return self._evaluate(run, test)[self.task.metric]
 
+    def draw(self, **runs: Any) -> None:
+        """Writes ``pictures.png``: what models answer to the first images of the test split."""
+        test = sources.load(self.config.data.source, "test")
+        batch = next(evaluation_batches(test, self.eval_preprocess, self.config.eval_batch_size))
+        answers = {name: jax.device_get(run(batch["image"])) for name, run in runs.items()}
+        pictures.write(
+            self.task, self.eval_preprocess, batch, answers, self.workdir / "pictures.png"
+        )
+
     def _evaluate(self, run: Any, source: sources.Source) -> dict[str, float]:
         size = self.config.eval_batch_size
+        if getattr(self.task, "self_ensemble", False):
+            run = partial(self_ensemble, run)
         return evaluate(self.task, run, source, self.eval_preprocess, size, mesh=self.mesh)
 
     def freeze(self) -> plan.Frozen:
@@ -243,13 +256,15 @@ class Job:
         """Dense training, masks, the metric of both, the packed model, the report."""
         found = {}
         self.train("dense")
-        found["dense"] = self.test(plan.Program(self.model))
+        dense = plan.Program(nnx.clone(self.model))
+        found["dense"] = self.test(dense)
         self.learn()
         with self.timed("evaluate_masked"):
             found["masked"] = self.test(plan.Program(self.model))
         frozen = self.freeze()
         with self.timed("evaluate_packed"):
             found["packed"] = self.test(frozen)
+        self.draw(dense=dense, packed=frozen)
         content = reports.build(
             frozen.plan,
             name=self.config.name,
@@ -261,7 +276,8 @@ class Job:
         reports.write(content, self.workdir)
         reports.show(content)
         console.print(
-            f"written to {self.workdir}: report.json, report.html, plan.json, traffic.png"
+            f"written to {self.workdir}: report.json, report.html, plan.json, traffic.png, "
+            "pictures.png"
         )
 
     def run_train(self) -> None:
@@ -272,8 +288,10 @@ class Job:
     def run_eval(self) -> None:
         """Prints the masked model's metric on the test split."""
         self.restore("sparse")
-        value = shown(self.test(plan.Program(self.model)), self.task.unit)
+        masked = plan.Program(self.model)
+        value = shown(self.test(masked), self.task.unit)
         console.print(f"masked: test {self.task.metric} {value}")
+        self.draw(masked=masked)
 
     def run_freeze(self) -> None:
         """Saves the packed model for ``--mode=serve``, and prints the plan."""
@@ -292,3 +310,4 @@ class Job:
             f"packed on {frozen.mesh}: test {self.task.metric} {value} in "
             f"{self.seconds()['infer']} s"
         )
+        self.draw(packed=frozen)

@@ -27,13 +27,14 @@ flags.DEFINE_string("interface", None, "Several hosts: the network interface to 
 flags.DEFINE_float("timeout", 60, "Several hosts: seconds after which a silent one is lost.", 1)
 flags.DEFINE_string("images", None, "serve: a folder, or - for a path on each line of stdin.")
 flags.DEFINE_integer("batch_size", 1, "serve: images at a time.", 1)
+flags.DEFINE_string("output", None, "serve: a folder for masks or enlarged images.")
 flags.DEFINE_boolean("supervise", False, "serve: start again when a node is lost.")
 flags.DEFINE_integer("restarts", 10, "supervise: how often.", 0)
 
 HOSTS = ("coordinator", "num_nodes", "node_id", "interface", "timeout")
 FOR_MODES = {
     **dict.fromkeys(HOSTS, ("serve", "profile")),
-    **dict.fromkeys(("images", "batch_size", "supervise", "restarts"), ("serve",)),
+    **dict.fromkeys(("images", "batch_size", "output", "supervise", "restarts"), ("serve",)),
 }
 
 
@@ -83,7 +84,9 @@ def dispatch(argv: list[str]) -> int:
     if FLAGS.supervise:
         return serving.supervise(argv, FLAGS.images, hosts, FLAGS.restarts, FLAGS.batch_size)
     if FLAGS.mode == "serve":
-        return serving.serve(FLAGS.config, workdir, FLAGS.images, hosts, FLAGS.batch_size)
+        return serving.serve(
+            FLAGS.config, workdir, FLAGS.images, hosts, FLAGS.batch_size, FLAGS.output
+        )
     if FLAGS.mode == "profile":
         return serving.profile(FLAGS.config, workdir, hosts)
     if FLAGS.mode == "report":

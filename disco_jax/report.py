@@ -182,6 +182,7 @@ img {{ max-width: 100% }}
 <table><tr><th></th><th>traffic, bytes</th><th>/dense</th><th>MACs per node</th><th>/dense</th>
 <th>weights per node, bytes</th><th>/dense</th></tr>{totals}</table>
 <h2>Traffic of each exchange</h2><img src="traffic.png" alt="bytes of each exchange">
+<h2>Answers</h2><img src="pictures.png" alt="images, their truth, and what the models answer">
 <h2>Wall time</h2><table>{walls}</table>
 </body></html>
 """

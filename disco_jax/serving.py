@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from ml_collections import ConfigDict
 
-from disco_jax import plan, runtime
+from disco_jax import plan, runtime, tasks
 from disco_jax.data.images import image_files
 from disco_jax.data.preprocess import evaluation
 from disco_jax.errors import DiscoError, require
@@ -31,13 +31,27 @@ from disco_jax.runtime.supervise import Supervisor
 Hosts = dict[str, Any]  # the arguments of ``runtime.connect``
 
 
-def serve(config: ConfigDict, workdir: Path, images: str | None, hosts: Hosts, batch: int) -> int:
-    """Names the class of every image: a line of JSON for each on stdout of node 0."""
-    preprocess = evaluation(config)
+def serve(
+    config: ConfigDict,
+    workdir: Path,
+    images: str | None,
+    hosts: Hosts,
+    batch: int,
+    output: str | None = None,
+) -> int:
+    """Says what is in every image: a line of JSON for each on stdout of node 0.
+
+    Pictures, masks or enlarged images, go to the folder ``output``.
+    """
+    preprocess, folder = evaluation(config), None if output is None else Path(output)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     facts = {"preprocess": repr(preprocess), "batch_size": batch, "pillow": PIL.__version__}
     paths, say = _paths(images, hosts), _stdout()
     with _loaded(workdir, hosts, facts) as (frozen, peers):
-        session = runtime.Session(frozen, preprocess, peers, batch)
+        classes = json.loads(getattr(frozen.model, "config", "{}")).get("num_classes", 0)
+        task = tasks.of(config, classes)
+        session = runtime.Session(frozen, preprocess, peers, batch, task, folder)
         if peers.node == 0:
             for answer in session.answers(paths):
                 say(json.dumps(answer))
@@ -49,8 +63,8 @@ def serve(config: ConfigDict, workdir: Path, images: str | None, hosts: Hosts, b
 
 def profile(config: ConfigDict, workdir: Path, hosts: Hosts) -> int:
     """Prints what one image takes, link by link and exchange by exchange."""
-    like, say = evaluation(config), _stdout()
-    image = np.random.default_rng(0).normal(size=(1, like.size, like.size, len(like.mean)))
+    size, say = config.data.size, _stdout()
+    image = np.random.default_rng(0).normal(size=(1, size, size, len(config.data.mean)))
     with _loaded(workdir, hosts, {"size": str(image.shape[1:])}) as (frozen, peers):
         found = runtime.profile(frozen, image.astype(np.float32))  # type: ignore[arg-type]
         if peers.node == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from disco_jax import recipe, tasks, wire
+from disco_jax import recipe, wire
 from disco_jax.errors import require
 from disco_jax.sparsify.quantise import WireDtype
 
@@ -59,24 +59,3 @@ def wire_dtype(config: ConfigDict) -> WireDtype:
     if config.wire_dtype is not None:
         rules = (*rules, ("", config.wire_dtype))
     return rules or None
-
-
-def task(config: ConfigDict, num_classes: int) -> tasks.Task:
-    """What a config's model is trained for.
-
-    Raises:
-      DiscoError: if there is no such task, or model and task enlarge images by different factors.
-    """
-    options = config.task.to_dict()
-    facts = {
-        "num_classes": num_classes,
-        "label_smoothing": config.optimizer.label_smoothing,
-        "mean": tuple(config.data.mean),
-        "std": tuple(config.data.std),
-    }
-    scale = config.model.get("scale", 1)
-    require(
-        options.get("scale", 1) == scale,
-        f"`task.scale` (={options.get('scale', 1)}) must be `model.scale` (={scale}); set both",
-    )
-    return tasks.make(options.pop("name"), options, facts)

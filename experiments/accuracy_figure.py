@@ -82,8 +82,8 @@ def show(rows: list[Row]) -> None:
         less = found[0]["dense_traffic"] / max(traffic, 1)
         budget = "  -" if method in WITHOUT_BUDGET else f"{times:2d}x"
         print(
-            f"{NAMED[name]}, width {width}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} test "
-            f"{mean:.2f} ± {spread:.2f} ({len(found)} seeds), to dense {np.mean(gaps):+.2f}, "
+            f"{NAMED[name]}, width {width}, {nodes} nodes, {budget} ({less:6.2f}) {method:24s} "
+            f"test {mean:.2f} ± {spread:.2f} ({len(found)} seeds), to dense {np.mean(gaps):+.2f}, "
             f"validation {validation:.2f}"
         )
 

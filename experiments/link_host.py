@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import slow_link
 
-SIZE = 224
+SIZES = {"ssd300": (300, 300), "deeplabv3_resnet50": (513, 513), "edsr": (360, 640)}
+SIZE = (224, 224)  # of all others
 ANSWER = "answer "
 # What the planner is told: milliseconds for an image on this link and these cores.
-PLANNED = {"ms": 38, "mbit": 100, "link_ms": 0.2, "gmacs": 72}
+MILLISECONDS = {"resnet50": 38, "ssd300": 230, "deeplabv3_resnet50": 1200, "edsr": 2800}
+LINK, GMACS = {"mbit": 100, "ms": 0.2}, 72
 DENSE: dict[str, dict[str, Any]] = {
     "dense float32": {"density": 1.0},
     "0.2 float32": {"density": 0.2},
@@ -24,46 +26,46 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 BEST = "planned"
 # What is measured of each network: our ways first.
-WAYS = {
-    "resnet50": {**DENSE, BEST: {"planned": PLANNED}},
-    "deit_s": DENSE,
-}
+WAYS = {network: {**DENSE, BEST: {"planned": ms}} for network, ms in MILLISECONDS.items()}
+WAYS["deit_s"] = DENSE
 ALONE, ROWS, ONNX, MEGATRON = "one host", "rows", "one host, ONNX Runtime", "Megatron"
-RIVALS = {"resnet50": (ROWS, ALONE, ONNX), "deit_s": (MEGATRON, ALONE)}
+RIVALS = dict.fromkeys(MILLISECONDS, (ALONE,))
+RIVALS |= {"resnet50": (ROWS, ALONE, ONNX), "deit_s": (MEGATRON, ALONE)}
 NOTHING = "nothing"
 
 
-def image() -> Any:
-    return np.random.default_rng(0).normal(size=(1, SIZE, SIZE, 3)).astype(np.float32)
+def image(network: str) -> Any:
+    shape = (1, *SIZES.get(network, SIZE), 3)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def prepare(directory: Path, network: str, nodes: int) -> None:
     """Freezes a network in every way, and saves what each host will load."""
+    import jax
     from flax import nnx
 
     import disco_jax as dj
 
     def create(nodes: int) -> nnx.Module:
-        mesh = dj.NodeMesh(nodes, emulate=True)
-        return dj.models.create(network, mesh=mesh, num_classes=1000, rngs=nnx.Rngs(0))
+        return dj.models.create(network, mesh=dj.NodeMesh(nodes, emulate=True), rngs=nnx.Rngs(0))
 
-    dj.freeze(create(1), image()).save(directory / ALONE)
+    x = image(network)
+    dj.freeze(create(1), x).save(directory / ALONE)
     for name, way in WAYS[network].items():
         model, wires = create(nodes), way.get("wire_dtype", "float32")
         if "planned" in way:
-            c = way["planned"]
-            link, dtypes = dj.cost.Link(mbit=c["mbit"], ms=c["link_ms"]), ("int4", "int8")
+            link, dtypes = dj.cost.Link(**LINK), ("int4", "int8")
             planned = dj.cost.plan_latency(
-                model, image(), c["ms"], link, gmacs=c["gmacs"], wire_dtypes=dtypes
+                model, x, way["planned"], link, gmacs=GMACS, wire_dtypes=dtypes
             )
             print(planned, flush=True)
             dj.sparsify.prune(model, 0.0, rules=planned.rules)
             wires = planned.wire_rules
         else:
             dj.sparsify.prune(model, way["density"], "random")
-        frozen = dj.freeze(model, image(), wire_dtype=wires, message_bytes=100_000)
+        frozen = dj.freeze(model, x, wire_dtype=wires, message_bytes=100_000)
         frozen.save(directory / name)
-        np.save(directory / f"{name}.npy", frozen(image()))  # what the hosts must find
+        np.savez(directory / f"{name}.npz", *jax.tree.leaves(frozen(x)))  # what hosts must find
         print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
 
 
@@ -115,7 +117,7 @@ class Host:
 
         import disco_jax as dj
 
-        self.image, self.frozen, self.bytes = image(), None, 0
+        self.image, self.frozen, self.bytes = image(network), None, 0
         program: Callable = nothing
         if way in WAYS[network]:
             program = self.frozen = dj.load(directory / way, dj.NodeMesh(nodes))
@@ -128,14 +130,16 @@ class Host:
         elif way == ALONE and jax.process_index() == 0:
             program = alone(directory)
         elif way == ONNX and jax.process_index() == 0:
-            program = onnx_resnet.program(weights(directory), SIZE)
-        self.expected = directory / f"{way}.npy"
+            program = onnx_resnet.program(weights(directory), SIZE[0])
+        self.expected = directory / f"{way}.npz"
         self.program = program
         jax.block_until_ready(program(self.image))
 
     def answer(self, question: dict[str, Any]) -> Any:
         """Seconds of runs, or what was measured of links, computation or memory."""
         import dataclasses
+
+        import jax
 
         from disco_jax import runtime
 
@@ -148,10 +152,8 @@ class Host:
             case "compute":
                 return seconds_of(self.share, self.image, question["iterations"])
             case "difference":
-                expected = np.load(self.expected)
-                mine = self.program(self.image).addressable_shards
-                furthest = max(np.abs(s.data - expected[s.index]).max() for s in mine)
-                return float(furthest / np.abs(expected).max())
+                mine = jax.tree.leaves(self.program(self.image))
+                return max(map(difference, mine, np.load(self.expected).values()))
             case "memory":
                 status = Path("/proc/self/status").read_text()
                 return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -166,6 +168,12 @@ class Host:
         program = share(self.frozen, jax.process_index())
         jax.block_until_ready(program(self.image))
         return program
+
+
+def difference(mine: Any, expected: np.ndarray) -> float:
+    """How far what this host has of a result is from what was expected, relative to the largest."""
+    furthest = max(np.abs(s.data - expected[s.index]).max() for s in mine.addressable_shards)
+    return float(furthest / np.abs(expected).max())
 
 
 def seconds_of(program: Callable, images: Any, iterations: int) -> list[float]:

@@ -1,10 +1,11 @@
-"""Latency of one image over a slow link: ResNet-50 or DeiT-S on two hosts of one core each.
+"""Latency of one image over a slow link: networks on two hosts of one core each.
 
     pip install -e . onnx onnxruntime
     sudo python experiments/link_latency.py             # every rate, then memory and streams
     sudo python experiments/link_latency.py --nodes=4 --rates 100
     sudo python experiments/link_latency.py --cpu=0.4 --rates 100 --what latency
     sudo python experiments/link_latency.py --model=deit_s --rates 300 100 30 --what latency
+    sudo python experiments/link_latency.py --model=ssd300 --rates 100 --what latency
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from

@@ -22,7 +22,8 @@ import disco_jax as dj
 from disco_jax import main, serving
 from disco_jax.plan import Program, collectives
 from disco_jax.runtime import launch
-from disco_jax.runtime.session import BestClass
+from disco_jax.runtime.session import Answers
+from disco_jax.tasks import Classification
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/resnet20_fashion_mnist.py:smoke"
@@ -163,7 +164,7 @@ def test_the_best_class_costs_one_gather_beside_the_plan():
     mesh = dj.NodeMesh(2, emulate=False)
     frozen = freeze(mesh)
     image = jax.ShapeDtypeStruct((1, 28, 28, 1), np.float32)
-    compiled = Program(BestClass(frozen.model, mesh)).lower(image).compile()
+    compiled = Program(Answers(frozen.model, mesh, Classification())).lower(image).compile()
     found = collectives(compiled)
     assert len(found) == frozen.plan.collectives + 1
     assert sum(c.traffic_bytes for c in found) == frozen.plan.traffic_bytes + 4 * 10

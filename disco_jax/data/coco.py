@@ -96,8 +96,8 @@ def read(path: Path, images: Path) -> BoxSource:
     missing = [p for p in paths if not p.is_file()]
     require(
         not missing,
-        f"`{path}` names {len(missing)} images that do not exist, such as {missing[:1]}; put them "
-        "there",
+        f"`{path}` names {len(missing)} images that do not exist, such as "
+        f"{', '.join(map(str, missing[:1]))}; put them there",
     )
     return BoxSource(paths, objects, len(numbers))
 

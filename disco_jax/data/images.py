@@ -90,7 +90,7 @@ class Repeated:
         return self.times * len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[index % len(self.source)]
+        return self.source[range(len(self))[index] % len(self.source)]
 
 
 def decode(

@@ -35,7 +35,12 @@ def mirror(example: Example, size: int, rng: np.random.Generator) -> Example:
 def turn(example: Example, size: int, rng: np.random.Generator) -> Example:
     """A quarter, half, three quarters of a turn or none: pictures from above have no upside."""
     times = int(rng.integers(4))
-    return {k: np.rot90(v, times) if k in ("image", "mask") else v for k, v in example.items()}
+    found = {k: np.rot90(v, times) if k in ("image", "mask") else v for k, v in example.items()}
+    if "boxes" in example:
+        for _ in range(times):
+            x1, y1, x2, y2 = found["boxes"].T
+            found["boxes"] = np.stack([y1, 1 - x2, y2, 1 - x1], 1)
+    return found
 
 
 def distort(example: Example, size: int, rng: np.random.Generator) -> Example:

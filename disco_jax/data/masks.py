@@ -43,7 +43,7 @@ class MaskSource:
     def _mask(self, path: Path) -> np.ndarray:
         try:
             mask = np.asarray(Image.open(path))  # of a palette its indices, not its colours
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DiscoError(f"`mask` {path} cannot be read ({error}); replace the file") from None
         known = mask.ndim == 2 and bool(((mask < self.num_classes) | (mask == 255)).all())
         require(
@@ -84,6 +84,7 @@ def _pairs(folder: Path, num_classes: int) -> MaskSource:
     require(bool(images), f"`{folder / 'images'}` holds no images; put them there")
     require(
         not missing,
-        f"`{folder}` has {len(missing)} images without a mask, such as {missing[:1]}; write them",
+        f"`{folder}` has {len(missing)} images without a mask, such as "
+        f"{', '.join(map(str, missing[:1]))}; write them",
     )
     return MaskSource(tuple(images), found, num_classes)

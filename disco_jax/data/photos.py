@@ -103,7 +103,8 @@ def make_transforms(scale: int) -> dict[str, Transform]:
     * ``random_patch``: a square of ``size * scale`` pixels of the target, anywhere.
     * ``dihedral``: one of the eight flips and rotations of the target, all alike probable.
     * ``degrade``: the target cut to a multiple of ``scale`` at its lower and right borders, and
-      ``"image"``, which is that resized by ``1 / scale`` as MATLAB's ``imresize`` does.
+      ``"image"``, which is that resized by ``1 / scale`` as MATLAB's ``imresize`` does. What has
+      no target, as in serving, is small already.
 
     Raises:
       DiscoError: if the scale is below 1; by the transforms, if a picture is too small, or is
@@ -123,6 +124,8 @@ def make_transforms(scale: int) -> dict[str, Transform]:
         return {**example, "target": target[top : top + side, left : left + side]}
 
     def degrade(example: Example, size: int, rng: np.random.Generator) -> Example:
+        if "target" not in example:
+            return example
         target = _target(example)
         height, width = (side // scale for side in target.shape[:2])
         require(

@@ -15,6 +15,19 @@ from disco_jax.errors import require
 Example = dict[str, Any]
 Transform = Callable[[Example, int, np.random.Generator], Example]
 
+# For each truth, the transforms that keep it right: others would leave it behind, or lack theirs.
+SUITED = {
+    "label": (*augment.TRANSFORMS, "distort", "mirror", "turn"),
+    "boxes": ("distort", "expand", "mirror", "overlap_crop", "resize", "rgb", "turn"),
+    "mask": ("distort", "fit", "mirror", "rgb", "scale_crop", "turn"),
+    "target": ("degrade", "dihedral", "random_patch"),
+}
+# Those that make what has the size that a config says.
+SIZED = {
+    *("fit", "random_crop", "random_patch", "random_resized_crop", "resize"),
+    *("resize_center_crop", "scale_crop"),
+}
+
 
 def transforms(scale: int = 1) -> dict[str, Transform]:
     """All transforms by name; ``scale`` is by how much a task enlarges its images."""
@@ -59,9 +72,15 @@ class Preprocess:
                 f"`transforms` contains {name!r}, but must be among {', '.join(sorted(known))}; "
                 "choose from these",
             )
-        require(self.size >= 0, f"`data.size` (={self.size}) must be at least 1 pixel, or 0: any")
+        sized = sorted(SIZED.intersection(self.transforms))
+        require(
+            self.size >= (1 if sized else 0),
+            f"`data.size` (={self.size}) must be at least 1 pixel, or 0 (any) without transforms "
+            f"that need it{' such as ' + ', '.join(sized) if sized else ''}; set a size",
+        )
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        self._check_suited(example)
         known = transforms(self.scale)
         for name in self.transforms:
             example = known[name](example, self.size, rng)
@@ -70,6 +89,15 @@ class Preprocess:
             k: self._normalised(v) if k in ("image", "target") else v for k, v in example.items()
         }
         return self._filled(found) if "boxes" in found else found
+
+    def _check_suited(self, example: Example) -> None:
+        for truth in SUITED.keys() & example.keys():
+            wrong = [name for name in self.transforms if name not in SUITED[truth]]
+            require(
+                not wrong,
+                f"`transforms` contains {', '.join(map(repr, wrong))}, but of an example with "
+                f"`{truth}` must be among {', '.join(SUITED[truth])}; choose from these",
+            )
 
     def _check(self, image: UInt8[np.ndarray, "h w c"]) -> None:
         size = image.shape[:2] if self.size == 0 else (self.size, self.size)

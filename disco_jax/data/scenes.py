@@ -39,7 +39,8 @@ class Scenes:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, index))
+        number = range(self.count)[index]  # which knows where the set ends
+        rng = np.random.default_rng((self.seed, number))
         stripes = rng.integers(0, 80, (1, SIZE)) + rng.integers(0, 60, (SIZE, 1))
         canvas, mask = stripes.astype(np.uint8), np.zeros((SIZE, SIZE), np.uint8)
         boxes, classes = [], []

@@ -10,6 +10,8 @@ import numpy as np
 from disco_jax.data.images import HELD_OUT
 from disco_jax.errors import DiscoError, require
 
+SEEN = 10  # examples of a test split that tell whether it has labels: one may have no objects
+
 
 class Prepared:
     """One split of a set that ``tfds build`` has prepared; subclasses say what an example is."""
@@ -24,8 +26,10 @@ class Prepared:
             available = set(builder.info.splits)
             if not available:
                 raise FileNotFoundError("it was never prepared")
-            if "test" in available and not self.labelled(builder.as_data_source(split="test")[0]):
-                available.remove("test")  # published without labels, as ImageNet's
+            if "test" in available:
+                tests = builder.as_data_source(split="test")
+                if not any(self.labelled(tests[i]) for i in range(min(SEEN, len(tests)))):
+                    available.remove("test")  # published without labels, as ImageNet's
             self._source = builder.as_data_source(split=_split(available, split))
             self.num_classes = self.classes(builder.info.features)
         except Exception as error:  # TFDS raises a dozen types for "it is not there"
@@ -103,7 +107,7 @@ class Masks(Prepared):
     def __init__(self, name: str, split: str):
         name, _, count = name.partition("#")
         require(
-            count.isdigit(),
+            count.isdigit() and int(count) > 0,
             f"`data.source` (=tfds_masks:{name}) must end with its number of classes; write "
             "tfds_masks:oxford_iiit_pet#3, say",
         )
@@ -113,6 +117,11 @@ class Masks(Prepared):
     def read(self, example: Mapping[str, Any]) -> dict[str, Any]:
         mask = np.asarray(example.get("segmentation_mask", example.get("annotation")))
         mask = mask.astype(np.int32)[..., 0] - 1
+        require(
+            mask.max(initial=0) < self.num_classes,
+            f"`mask` has class {mask.max(initial=0) + 1}, but `data.source` (=tfds_masks:...#"
+            f"{self.num_classes}) says that there are {self.num_classes}; correct the number",
+        )
         return {
             "image": np.asarray(example["image"]),
             "mask": np.where(mask < 0, 255, mask).astype(np.uint8),

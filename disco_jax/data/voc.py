@@ -58,7 +58,7 @@ def read(path: Path) -> Objects:
                     float(_text(o, f"bndbox/{corner}")) - (corner in ("xmin", "ymin"))
                     for corner in ("xmin", "ymin", "xmax", "ymax")
                 ],
-                CLASSES.index(_text(o, "name")),
+                _label(_text(o, "name")),
                 o.findtext("difficult") == "1",
             )
             for o in tree.findall("object")
@@ -74,6 +74,12 @@ def read(path: Path) -> Objects:
         np.asarray([difficult for _, _, difficult in found], bool),
         np.zeros(len(found), bool),
     )
+
+
+def _label(name: str) -> int:
+    if name not in CLASSES:
+        raise ValueError(f"{name!r} is not one of its classes")
+    return CLASSES.index(name)
 
 
 def _text(element: ElementTree.Element, name: str) -> str:

@@ -95,6 +95,7 @@ class DeepLabV3(nnx.Module):
       dropout: rate behind the pyramid, in training.
       auxiliary: whether training has a second head, on the third stage: the model then returns the
         logits of both; in evaluation those of the main head alone.
+      result_dtype: what logits travel in, ``"float16"`` say; None: as computed.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class DeepLabV3(nnx.Module):
         rates: Sequence[int] = (6, 12, 18),
         dropout: float = 0.5,
         auxiliary: bool = False,
+        result_dtype: str | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = "float32",
         **kwargs: Any,
@@ -118,7 +120,6 @@ class DeepLabV3(nnx.Module):
         conv: Layer = partial(Conv, use_bias=False, pad=True, **dtypes, rngs=rngs)
         norm: Layer = partial(BatchNorm, momentum=0.9, mesh=mesh, pad=True, **dtypes, rngs=rngs)
         add: dict[str, Any] = {"conv": conv, "norm": norm}
-        self.mesh = mesh
         self.backbone = Backbone(
             block, depths, mesh=mesh, rngs=rngs, output_stride=output_stride, **dtypes, **kwargs
         )
@@ -128,7 +129,7 @@ class DeepLabV3(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.hidden = ConvNorm(head_width, head_width, (3, 3), padding=1, mesh=mesh, **add)
         self.head = conv(head_width, num_classes, (1, 1), mesh=mesh, use_bias=True)
-        self.logits = Gather(num_classes, mesh=mesh)
+        self.logits = Gather(num_classes, mesh=mesh, always=True, wire_dtype=result_dtype)
         self.deterministic = False  # as Dropout has it: True in evaluation
         self.auxiliary: Auxiliary | None = nnx.data(None)
         if auxiliary:  # reads the exchange of the last stage's first block
@@ -144,8 +145,8 @@ class DeepLabV3(nnx.Module):
         return logits, self._full_size(self.auxiliary(before), images)
 
     def _full_size(self, x: Array, images: Array) -> Logits:
-        x = self.logits(x)  # a small map crosses the link, not the large one
-        return resize(x, images.shape[1:3], mesh=self.mesh if self.logits.stays else None)
+        # A small map crosses the link, not the large one.
+        return resize(self.logits(x), images.shape[1:3])
 
 
 class LRASPP(nnx.Module):
@@ -166,6 +167,7 @@ class LRASPP(nnx.Module):
         rngs: nnx.Rngs,
         output_stride: int = 16,
         head_width: int = 128,
+        result_dtype: str | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = "float32",
         **kwargs: Any,
@@ -183,7 +185,7 @@ class LRASPP(nnx.Module):
         self.weights = exact(widths[-1], head_width, (1, 1))
         self.low = conv(widths[-3], num_classes, (1, 1))
         self.high = conv(head_width, num_classes, (1, 1))
-        self.logits = Gather(num_classes, mesh=mesh)
+        self.logits = Gather(num_classes, mesh=mesh, always=True, wire_dtype=result_dtype)
 
     def __call__(self, images: Float[Array, "b h w channels"]) -> Logits:
         *_, low, _, high = self.backbone.features(images)
@@ -191,5 +193,4 @@ class LRASPP(nnx.Module):
         # A 1x1 convolution and an interpolation may change places: the smaller map is read.
         x = self.high(self.hidden(high) * weights)
         x = self.low(low) + resize(x, low.shape[1:3], mesh=self.mesh)
-        x = self.logits(x)
-        return resize(x, images.shape[1:3], mesh=self.mesh if self.logits.stays else None)
+        return resize(self.logits(x), images.shape[1:3])

@@ -108,7 +108,7 @@ class Upscaler(nnx.Module):
             conv(width, width * step**2, unit=step**2) for step in SHUFFLES[scale]
         )
         self.head = conv(width, in_channels)
-        self.image = Gather(in_channels, mesh=mesh, wire_dtype=result_dtype)
+        self.image = Gather(in_channels, mesh=mesh, always=True, wire_dtype=result_dtype)
 
     def __call__(self, images: Map) -> Float[Array, "b h2 w2 c"]:
         x = self.body(self.conv(images))

@@ -1,4 +1,4 @@
-"""A packed model at work: images come in at node 0, and their classes come out there, in order."""
+"""A packed model at work: images come in at node 0, and the answers come out there, in order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+from PIL import Image
 
 from disco_jax.data.images import decode
 from disco_jax.data.preprocess import Preprocess
@@ -25,29 +25,28 @@ from disco_jax.mesh import NodeMesh
 from disco_jax.plan import Frozen, Program
 from disco_jax.runtime.launch import connected
 from disco_jax.runtime.peers import Peers
+from disco_jax.tasks import Classification, Task
 
 Answer = dict[str, Any]
+Found = dict[str, np.ndarray]  # the arrays of one image
 Picture = Float[np.ndarray, "size size c"]
 REMEMBERED = 10_000  # batches whose times make up the percentiles
 
 
-class BestClass(nnx.Module):
-    """A classifier, and the name and probability of the class it prefers, known to every node.
+class Answers(nnx.Module):
+    """A model, and what its task says of each image, known to every node.
 
-    The logits stay split over the nodes where they divide by them; they are collected here. This
-    one gather of ``4 * classes * (nodes - 1)`` bytes per image comes on top of the plan.
+    A classifier's logits stay split over the nodes where they divide by them; they are collected
+    here. This one gather of ``4 * classes * (nodes - 1)`` bytes per image comes on top of the plan.
     """
 
-    def __init__(self, model: nnx.Module, mesh: NodeMesh):
-        self.model = model
-        self.mesh = mesh
+    def __init__(self, model: nnx.Module, mesh: NodeMesh, task: Task):
+        self.model, self.mesh, self.task = model, mesh, task
 
-    def __call__(self, images: Float[Array, "b ..."]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-        logits: Array = self.model(images)  # type: ignore[operator]
-        if logits.shape[-1] % self.mesh.nodes == 0:  # others are everywhere already
-            logits = everywhere(logits, self.mesh)
-        scores = jax.nn.softmax(logits.astype(jnp.float32))
-        return scores.argmax(-1), scores.max(-1)
+    def __call__(self, images: Float[Array, "b ..."]) -> dict[str, Array]:
+        outputs: Any = self.model(images)  # type: ignore[operator]
+        split = isinstance(self.task, Classification) and not outputs.shape[-1] % self.mesh.nodes
+        return self.task.answer(everywhere(outputs, self.mesh) if split else outputs)
 
 
 class Session:
@@ -58,30 +57,50 @@ class Session:
 
     Args:
       frozen: the packed model, on one device per process where there are several.
-      preprocess: from pixels to the model's input; for images of 1 (grey) or 3 channels.
+      preprocess: from pixels to the model's input; for images of 1 (grey) or 3 channels. If it
+        leaves images of any size as they are, there is a compilation for every new size.
       peers: the other nodes.
       batch_size: images at a time; the last batch is filled up.
+      task: what is said of an image, its class by default.
+      output: where pictures go (masks, enlarged images), as PNG files of the images' names.
 
     Raises:
-      DiscoError: if there are other than 1 or 3 channels.
+      DiscoError: if there are other than 1 or 3 channels, or batches of images of any size.
     """
 
-    def __init__(self, frozen: Frozen, preprocess: Preprocess, peers: Peers, batch_size: int = 1):
+    def __init__(
+        self,
+        frozen: Frozen,
+        preprocess: Preprocess,
+        peers: Peers,
+        batch_size: int = 1,
+        task: Task | None = None,
+        output: Path | None = None,
+    ):
         channels, size = len(preprocess.mean), preprocess.size
         require(
             channels in (1, 3),
             f"`data.mean` (={preprocess.mean}) must have 1 (grey) or 3 entries, as image files do",
         )
+        require(
+            size > 0 or batch_size == 1,
+            f"`batch_size` (={batch_size}) must be 1 for images of any size; leave it out",
+        )
         self._preprocess, self._peers = preprocess, peers
-        self._program = Program(BestClass(frozen.model, frozen.mesh))
+        self._task, self._output = task or Classification(), output
+        self._program = Program(Answers(frozen.model, frozen.mesh, self._task))
         self._shape = (batch_size, size, size, channels)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._served = self._unreadable = 0
-        self._classify([])
+        if size > 0:
+            self._run([])
         give_back_memory()
 
     def answers(self, paths: Iterable[str]) -> Iterator[Answer]:
-        """Node 0: for each path ``{"image", "class", "score"}``, or ``{"image", "error"}``."""
+        """Node 0: for each path ``{"image"}`` and what the task says, or ``{"image", "error"}``.
+
+        Of a classifier ``"class"`` and ``"score"``; ``"written"`` is the path of a picture.
+        """
         paths = iter(paths)
         while some := list(itertools.islice(paths, self._shape[0])):
             yield from self._answer(some)
@@ -90,7 +109,7 @@ class Session:
     def follow(self) -> None:
         """Every other node: computes its share until node 0 has no more images."""
         while files := self._peers.take():
-            self._classify([self._prepare(file, "from node 0") for file in files])
+            self._run([self._prepare(file, "from node 0") for file in files])
 
     def summary(self) -> str:
         """How many images were served, and how fast: times from reading a batch to its answers."""
@@ -117,13 +136,22 @@ class Session:
         if read:
             files, pictures = zip(*read, strict=True)
             self._peers.give(files)
-            found = iter(self._classify(pictures))
+            found = iter(self._run(pictures))
             self._served += len(read)
             self._seconds.append(time.perf_counter() - start)
         return [
-            {"image": path, **({"error": errors[i]} if i in errors else next(found))}
+            {"image": path, **({"error": errors[i]} if i in errors else self._said(path, found))}
             for i, path in enumerate(paths)
         ]
+
+    def _said(self, path: str, found: Iterator[Found]) -> Answer:
+        said = self._task.said(next(found))
+        picture = said.pop("picture", None)
+        if picture is not None and self._output is not None:
+            file = self._output / f"{Path(path).stem}.png"
+            Image.fromarray(picture.squeeze()).save(file)
+            said["written"] = str(file)
+        return said
 
     def _read(self, path: Path) -> tuple[bytes, Picture]:
         require(path.is_file(), f"`image` {path} is not a file; name one that exists")
@@ -139,13 +167,14 @@ class Session:
         image = decode(io.BytesIO(file), name, self._shape[-1])
         return self._preprocess({"image": image}, np.random.default_rng(0))["image"]
 
-    def _classify(self, pictures: Sequence[Picture]) -> list[Answer]:
-        batch = np.zeros(self._shape, np.float32)
+    def _run(self, pictures: Sequence[Picture]) -> list[Found]:
+        """What there is to say of each picture."""
+        shape = self._shape if self._preprocess.size else (1, *pictures[0].shape)
+        batch = np.zeros(shape, np.float32)
         for place, picture in zip(batch, pictures, strict=False):
             place[:] = picture
-        classes, scores = jax.device_get(self._program(batch))  # type: ignore[arg-type]
-        found = zip(classes.tolist(), scores.tolist(), strict=True)
-        return [{"class": c, "score": s} for c, s in itertools.islice(found, len(pictures))]
+        found = jax.device_get(self._program(batch))  # type: ignore[arg-type]
+        return [{k: v[i] for k, v in found.items()} for i in range(len(pictures))]
 
 
 def mesh_of_hosts(nodes: int) -> NodeMesh:

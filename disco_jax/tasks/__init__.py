@@ -20,6 +20,27 @@ TASKS: dict[str, type[Any]] = {
 }
 
 
+def of(config: Any, num_classes: int) -> Task:
+    """The task of a config, for data with so many classes.
+
+    Raises:
+      DiscoError: if there is no such task, or model and task enlarge images by different factors.
+    """
+    options = config.task.to_dict()
+    facts = {
+        "num_classes": num_classes,
+        "label_smoothing": config.optimizer.label_smoothing,
+        "mean": tuple(config.data.mean),
+        "std": tuple(config.data.std),
+    }
+    scale = config.model.get("scale", 1)
+    require(
+        options.get("scale", 1) == scale,
+        f"`task.scale` (={options.get('scale', 1)}) must be `model.scale` (={scale}); set both",
+    )
+    return make(options.pop("name"), options, facts)
+
+
 def make(name: str, options: dict[str, Any], facts: dict[str, Any]) -> Task:
     """A task by name.
 
@@ -53,5 +74,6 @@ __all__ = [
     "SuperResolution",
     "Task",
     "make",
+    "of",
     "shown",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,15 @@ class Classification:
             "loss": jnp.sum(each * weight),
             "count": jnp.sum(weight),
         }
+
+    def answer(self, outputs: Logits) -> Measures:
+        """The best ``class`` and its probability, its ``score``."""
+        scores = jax.nn.softmax(outputs.astype(jnp.float32))
+        return {"class": scores.argmax(-1), "score": scores.max(-1)}
+
+    def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """``{"class", "score"}``."""
+        return {"class": int(answer["class"]), "score": float(answer["score"])}
 
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """``accuracy`` and mean ``loss``."""

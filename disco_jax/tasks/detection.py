@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,13 @@ class Detection:
       num_classes: classes of objects, without the background.
       threshold: the overlap from which a default box answers for an object.
       negatives: default boxes of background in the loss, for each one that has an object.
+      min_score: the least score of an answer; mAP takes lower ones too.
     """
 
     num_classes: int
     threshold: float = 0.5
     negatives: int = 3
+    min_score: float = 0.2
     metric = "mAP"
     unit = "%"
 
@@ -90,6 +93,20 @@ class Detection:
             "count": jnp.sum(positives * batch["weight"]),
         }
         return detect(outputs) | truth | sums | {"ignored": ignored, "weight": batch["weight"]}
+
+    def answer(self, outputs: Outputs) -> Measures:
+        """The surest objects, see :func:`detect`."""
+        return detect(outputs, min_score=self.min_score)
+
+    def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """``{"objects": [{"class", "score", "box"}]}``, the surest first; corners as shares."""
+        found = zip(*(answer[k].tolist() for k in ("classes", "scores", "boxes")), strict=True)
+        objects = [
+            {"class": label, "score": round(score, 4), "box": [round(side, 4) for side in box]}
+            for label, score, box in found
+            if label >= 0
+        ]
+        return {"objects": objects}
 
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """``mAP``, ``AP50`` and ``AP75`` as COCO counts, ``VOC AP50``, and mean ``loss``.

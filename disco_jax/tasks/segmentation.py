@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,13 +52,23 @@ class Segmentation:
         """The confusion matrix ``[truth, answer]`` in pixels; the sum of losses, and of pixels."""
         weight = batch["weight"][:, None, None]
         each, counts = self._cross_entropy(outputs, batch["mask"])
-        counts = counts * weight
-        truth = jnp.where(counts > 0, batch["mask"], 0)
+        shown = (counts * weight).astype(jnp.int32)  # float32 would end at 2^24 pixels
+        truth = jnp.where(shown > 0, batch["mask"].astype(jnp.int32), 0)  # uint8 would overflow
         pairs = truth * self.num_classes + outputs.argmax(-1)
         confusion = jnp.bincount(
-            pairs.reshape(-1), counts.reshape(-1), length=self.num_classes**2
+            pairs.reshape(-1), shown.reshape(-1), length=self.num_classes**2
         ).reshape(self.num_classes, self.num_classes)
-        return {"confusion": confusion, "loss": jnp.sum(each * weight), "count": jnp.sum(counts)}
+        return {"confusion": confusion, "loss": jnp.sum(each * weight), "count": jnp.sum(shown)}
+
+    def answer(self, outputs: Logits) -> Measures:
+        """The best class of each pixel: ``mask``, ``uint8[b, h, w]``."""
+        return {"mask": outputs.argmax(-1).astype(jnp.uint8)}
+
+    def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Which share of the pixels each class has; the picture is the mask."""
+        classes, counts = np.unique(answer["mask"], return_counts=True)
+        shares = zip(classes.tolist(), (counts / counts.sum()).round(4).tolist(), strict=True)
+        return {"shares": {str(c): share for c, share in shares}, "picture": answer["mask"]}
 
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """``mIoU``, ``pixel accuracy`` and mean ``loss``, over all pixels of the set."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,7 @@ class SuperResolution:
     Attributes:
       scale: by how much; as many pixels along each border are not measured.
       mean, std: for each channel, in units of the full range 0 to 1.
+      self_ensemble: whether evaluation takes the mean of eight flips and rotations.
 
     Raises:
       DiscoError: if there are not 1 or 3 channels, or outputs have not the shape of the targets.
@@ -39,6 +41,7 @@ class SuperResolution:
     scale: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    self_ensemble: bool = False
     metric = "PSNR"
     unit = "dB"
 
@@ -78,6 +81,15 @@ class SuperResolution:
         }
         return {name: jnp.sum(values * weight) for name, values in each.items()}
 
+    def answer(self, outputs: Images) -> Measures:
+        """``picture``, ``uint8[b, h, w, c]``."""
+        return {"picture": self._pixels(outputs).astype(jnp.uint8)}
+
+    def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The picture, and its size."""
+        picture = answer["picture"]
+        return {"height": picture.shape[0], "width": picture.shape[1], "picture": picture}
+
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """``PSNR`` in dB, ``SSIM`` and ``loss``: means over the images."""
         names = {"PSNR": "psnr", "SSIM": "ssim", "loss": "loss"}
@@ -88,9 +100,13 @@ class SuperResolution:
 
     def _measured(self, images: Images) -> Planes:
         """Normalised images as the luma of 8-bit ones, cut by ``scale`` pixels on each side."""
+        inner = slice(self.scale, -self.scale)
+        return luma(self._pixels(images)[:, inner, inner])
+
+    def _pixels(self, images: Images) -> Images:
+        """Normalised images as 8-bit ones, still in floating point."""
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
-        pixels = jnp.round(jnp.clip(PEAK * (images.astype(jnp.float32) * std + mean), 0, PEAK))
-        return luma(pixels[:, self.scale : -self.scale, self.scale : -self.scale])
+        return jnp.round(jnp.clip(PEAK * (images.astype(jnp.float32) * std + mean), 0, PEAK))
 
 
 def luma(images: Float[Array, "... h w c"]) -> Float[Array, "... h w"]:

@@ -41,6 +41,14 @@ class Task(Protocol):
         """What one batch says, under ``jit``; ``batch["weight"]``, ``f32[b]``, is 0 for fill."""
         ...
 
+    def answer(self, outputs: Any) -> Measures:
+        """What is to be known of each image, under ``jit``, in as few numbers as it takes."""
+        ...
+
+    def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The answer for one image as JSON has it; a picture is under ``"picture"``."""
+        ...
+
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """The metrics, from the measures of all batches."""
         ...
