@@ -231,7 +231,7 @@ LIBRARY = {
     ),
     "source": (
         lambda: sources.load("mnist", "train"),
-        r"`data.source` \(='mnist'\) must be 'digits', 'idx:FOLDER'",
+        r"`data.source` \(='mnist'\) must be digits, .*, or KIND:NAME with a kind of idx",
     ),
     "split": (
         lambda: sources.load("digits", "dev"),
@@ -251,7 +251,7 @@ LIBRARY = {
     ),
     "transform": (
         lambda: preprocess("rotate"),
-        r"`transforms` contains 'rotate', but must be among flip",
+        r"`transforms` contains 'rotate', but must be among degrade",
     ),
     "size": (lambda: preprocess("resize", size=0), r"`data.size` \(=0\) must be at least 1 pixel"),
     "image_shape": (

@@ -1,5 +1,7 @@
 """Data for detection: boxes as their files have them, and on their objects whatever is done."""
 
+import colorsys
+
 import numpy as np
 import pytest
 
@@ -183,7 +185,7 @@ def test_overlap_crop(monkeypatch, least):
             continue
         areas = (before[stays, 2:] - before[stays, :2]).prod(1)
         common = (expected[:, 2:] - expected[:, :2]).prod(1)
-        assert (common / (areas + (x2 - x1) * (y2 - y1) - common)).min() >= least - 1e-5
+        assert (common / (areas + (x2 - x1) * (y2 - y1) - common)).max() >= least - 1e-5
         assert 0.5 - 0.05 < (x2 - x1) / (y2 - y1) < 2 + 0.05
         cut += (common < areas - 1e-3).sum()
         gone += (~stays).sum()
@@ -241,6 +243,14 @@ def test_distort_changes_colours_alone():
     assert min(levels) >= 87
     assert max(levels) <= 113
     assert 15 < np.sum(np.array(levels) == 100) < 45
+
+
+def test_distort_turns_hues_by_up_to_18_degrees():
+    red = np.full((4, 4, 3), (160, 80, 80), np.uint8)
+    found = [applied("distort", {"image": red}, seed)["image"][0, 0] / 255 for seed in range(60)]
+    turned = np.array([colorsys.rgb_to_hsv(*colour)[0] for colour in found])
+    degrees = 360 * np.minimum(turned, 1 - turned)
+    assert 14 < degrees.max() < 22
 
 
 @pytest.mark.parametrize("name", ["distort", "expand", "mirror", "overlap_crop", "turn"])

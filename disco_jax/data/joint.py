@@ -15,6 +15,9 @@ from PIL import Image, ImageEnhance
 Example = dict[str, Any]
 Transform = Callable[[Example, int, np.random.Generator], Example]
 IGNORED = 255  # in masks: counts nowhere
+GREY = 124  # of what is filled up in images
+RESAMPLING = {"image": Image.Resampling.BILINEAR, "mask": Image.Resampling.NEAREST}
+PIXELWISE = tuple(RESAMPLING)
 LEAST_OVERLAPS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
 PER_OBJECT = ("boxes", "classes", "difficult", "crowd")
 
@@ -35,7 +38,7 @@ def mirror(example: Example, size: int, rng: np.random.Generator) -> Example:
 def turn(example: Example, size: int, rng: np.random.Generator) -> Example:
     """A quarter, half, three quarters of a turn or none: pictures from above have no upside."""
     times = int(rng.integers(4))
-    found = {k: np.rot90(v, times) if k in ("image", "mask") else v for k, v in example.items()}
+    found = {k: np.rot90(v, times) if k in PIXELWISE else v for k, v in example.items()}
     if "boxes" in example:
         for _ in range(times):
             x1, y1, x2, y2 = found["boxes"].T
@@ -65,7 +68,7 @@ def expand(example: Example, size: int, rng: np.random.Generator) -> Example:
     image, ratio = example["image"], rng.uniform(1, 4)
     height, width, channels = image.shape
     tall, wide = int(height * ratio), int(width * ratio)
-    canvas = np.full((tall, wide, channels), 124, np.uint8)
+    canvas = np.full((tall, wide, channels), GREY, np.uint8)
     top, left = int(rng.integers(tall - height + 1)), int(rng.integers(wide - width + 1))
     canvas[top : top + height, left : left + width] = image
     sides, shift, new = (
@@ -76,7 +79,7 @@ def expand(example: Example, size: int, rng: np.random.Generator) -> Example:
 
 
 def overlap_crop(example: Example, size: int, rng: np.random.Generator) -> Example:
-    """A patch that overlaps objects by a chosen least amount, or the whole image (SSD).
+    """A patch that overlaps an object by a chosen least amount, or the whole image (SSD).
 
     Objects whose centre is in the patch stay, cut at its border.
     """
@@ -97,7 +100,7 @@ def overlap_crop(example: Example, size: int, rng: np.random.Generator) -> Examp
         patch = np.asarray([x1 / width, y1 / height, x2 / width, y2 / height], np.float32)
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((centres > patch[:2]) & (centres < patch[2:])).all(1)
-        if inside.any() and _overlap(boxes[inside], patch).min() >= least:
+        if inside.any() and _overlap(boxes[inside], patch).max() >= least:
             cut = np.clip(boxes[inside], np.tile(patch[:2], 2), np.tile(patch[2:], 2))
             found = {k: v[inside] for k, v in example.items() if k in PER_OBJECT}
             found["boxes"] = (cut - np.tile(patch[:2], 2)) / np.tile(patch[2:] - patch[:2], 2)
@@ -118,37 +121,35 @@ def scale_crop(example: Example, size: int, rng: np.random.Generator) -> Example
     """Resized by half to twice, filled up if it is small then, and a random square cut out."""
     scaled = _resized(example, rng.uniform(0.5, 2.0))
     filled = _filled(scaled, size)
-    height, width = filled["mask"].shape
+    height, width = filled["image"].shape[:2]
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     region = np.s_[top : top + size, left : left + size]
-    return {**filled, "image": filled["image"][region], "mask": filled["mask"][region]}
+    return {k: v[region] if k in PIXELWISE else v for k, v in filled.items()}
 
 
 def fit(example: Example, size: int, rng: np.random.Generator) -> Example:
     """The longer side to ``size`` if it is longer; filled up at the right and below to a square."""
-    factor = min(1.0, size / max(example["mask"].shape))
+    factor = min(1.0, size / max(example["image"].shape[:2]))
     return _filled(_resized(example, factor) if factor < 1 else example, size)
 
 
 def _resized(example: Example, factor: float) -> Example:
-    height, width = (max(1, round(side * factor)) for side in example["mask"].shape)
-    image = Image.fromarray(np.ascontiguousarray(example["image"]))
-    mask = Image.fromarray(np.ascontiguousarray(example["mask"]))
-    return {
-        **example,
-        "image": np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)),
-        "mask": np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)),
-    }
+    height, width = (max(1, round(side * factor)) for side in example["image"].shape[:2])
+
+    def resized(name: str) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(example[name]))
+        return np.asarray(picture.resize((width, height), RESAMPLING[name]))
+
+    return {**example, **{name: resized(name) for name in PIXELWISE if name in example}}
 
 
 def _filled(example: Example, size: int) -> Example:
-    below, right = (max(0, size - side) for side in example["mask"].shape)
+    below, right = (max(0, size - side) for side in example["image"].shape[:2])
     edge = [(0, below), (0, right)]
-    return {
-        **example,
-        "image": np.pad(example["image"], [*edge, (0, 0)], constant_values=124),
-        "mask": np.pad(example["mask"], edge, constant_values=IGNORED),
-    }
+    found = {**example, "image": np.pad(example["image"], [*edge, (0, 0)], constant_values=GREY)}
+    if "mask" in example:  # not where an image is served
+        found["mask"] = np.pad(example["mask"], edge, constant_values=IGNORED)
+    return found
 
 
 TRANSFORMS: dict[str, Transform] = {
