@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import close, meshes, random_masks, randomize
 
 import disco_jax as dj
+from disco_jax.trace import modules
 
 CASES = {
     "ssd300": ({"width": 8, "num_classes": 5, "extra": 2}, (2, 96, 96, 3)),
@@ -92,3 +93,43 @@ def test_upscaling_learns_nothing_it_cannot_keep_on_a_node():
         model = dj.models.create("edsr", mesh=mesh, width=6, depth=1, rngs=nnx.Rngs(0))
         assert model.upsample[0].kernel.shape[-1] % (4 * nodes) == 0
         assert model(jnp.ones((1, 5, 4, 3))).shape == (1, 10, 8, 3)
+
+
+FULL = {
+    "ssd300": ((1, 300, 300, 3), (1, 300, 300, 3), {}),
+    "deeplabv3_resnet50": ((1, 513, 513, 3), (1, 65, 65, 3), {}),
+    "edsr": ((1, 360, 640, 3), (1, 24, 20, 3), {}),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_in_shapes(name):
+    """The plan at full size, from shapes alone: as many bytes as the masks say."""
+    full, _, options = FULL[name]
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = nnx.eval_shape(lambda: dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **options))
+    traced = dj.trace(model, jax.ShapeDtypeStruct(full, jnp.float32))
+    gathered = {path for path, m in modules(model) if isinstance(m, dj.Gather)}
+    results = [r for r in traced.exchanges if r.path in gathered]
+    assert len(results) == {"ssd300": 12, "deeplabv3_resnet50": 1, "edsr": 1}[name]
+    assert all(record.shape[-1] % 2 == 0 for record in traced.exchanges)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("name", FULL)
+def test_all_channels(name, nodes):
+    """The networks as they are, on small images (SSD300 on its own): equal, nothing hidden."""
+    _, shape, options = FULL[name]
+    images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    lives = []
+    for mesh in meshes(nodes):
+        model = dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **options)
+        randomize(model)
+        random_masks(model, 0.2)
+        frozen = dj.freeze(model, images)
+        lives += [dj.plan.Program(model)(images), frozen(images)]
+        if not mesh.emulated:
+            dj.verify(frozen, images)
+    for life in lives[1:]:
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), life, lives[0])
