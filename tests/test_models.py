@@ -61,7 +61,14 @@ def test_every_model_is_counted():
     assert {*PARAMETERS, *TRANSFORMERS, *DENSE_PREDICTION} | OURS == {*MODELS}
 
 
-@pytest.mark.parametrize(("name", "count"), [*TRANSFORMERS.items(), *DENSE_PREDICTION.items()])
+COUNTS = [*TRANSFORMERS.items(), *DENSE_PREDICTION.items()]
+LONG = ("rcan",)  # 200 blocks to build
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [pytest.param(*c, marks=[pytest.mark.slow] if c[0] in LONG else []) for c in COUNTS],
+)
 def test_parameters(name, count):
     model = abstract(name, dj.NodeMesh(1, emulate=True))
     sizes = [p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))]
