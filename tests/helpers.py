@@ -1,8 +1,12 @@
 """What several tests need: meshes, random masks, weights carried over, relative errors."""
 
+import importlib
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import disco_jax as dj
@@ -69,3 +73,22 @@ def error(a, b):
 
 def close(a, b, bound):
     assert error(a, b) <= bound, f"relative error {error(a, b):.2e} > {bound:.0e}"
+
+
+def import_torchvision():
+    """torchvision, of which the Python half is enough; None if it is not installed.
+
+    Where its library of operations does not load, having been built for another torch, the two that
+    its import asks for are named here; transformers imports it as well.
+    """
+    torch = pytest.importorskip("torch")
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(name + "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        torch.torchvision_operations = library  # which are forgotten with the object
+        return importlib.import_module("torchvision")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, meshes
+from helpers import close, import_torchvision, meshes
 from safetensors.numpy import load_file, save_file
 
 import disco_jax as dj
@@ -110,6 +110,7 @@ def test_maps_name_each_tensor_once(rules):
 
 def reference(name):
     """A model of transformers with random weights, and ours of the same architecture."""
+    import_torchvision()  # as transformers does, where it is installed
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch").manual_seed(0)
     if name == "resnet50":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close
+from helpers import close, import_torchvision
 
 from disco_jax.errors import DiscoError
 from disco_jax.tasks.average_precision import coco_ap, voc_ap50
@@ -23,16 +23,10 @@ CLASSES = 4
 
 @pytest.fixture(scope="module")
 def ssd():
-    """torchvision's, of which the Python half is enough: see test_torchvision.py."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("importlib.metadata").version("torchvision")
-    try:
-        import torchvision
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        import torchvision
+    """torchvision's, of which the Python half is enough: see helpers.py."""
+    torchvision = import_torchvision()
+    if torchvision is None:
+        pytest.skip("torchvision is not installed")
     return torchvision.models.detection.ssd
 
 

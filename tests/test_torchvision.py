@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, meshes
+from helpers import close, import_torchvision, meshes
 from safetensors.numpy import save_file
 
 import disco_jax as dj
@@ -17,21 +17,14 @@ from disco_jax.models.ssd import RATIOS, SCALES, STEPS_300
 from disco_jax.tasks.boxes import default_boxes
 
 PARITY = 1e-4
-OPERATIONS = "(Tensor boxes, Tensor scores, float threshold) -> Tensor"
 
 
 @pytest.fixture(scope="module")
 def torchvision():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("importlib.metadata").version("torchvision")
-    try:
-        import torchvision
-    except RuntimeError:  # its library of operations was not loaded: say what they look like
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + OPERATIONS)
-        import torchvision
-    torch.manual_seed(0)
+    torchvision = import_torchvision()
+    if torchvision is None:
+        pytest.skip("torchvision is not installed")
+    torchvision.torch.manual_seed(0)
     return torchvision
 
 
