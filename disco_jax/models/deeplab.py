@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from disco_jax.exchange import Exchange
+from disco_jax.exchange import Exchange, Replicated
 from disco_jax.gather import Gather
 from disco_jax.layers import BatchNorm, Conv, resize
 from disco_jax.mesh import NodeMesh
@@ -70,16 +70,24 @@ class ASPP(nnx.Module):
 
 
 class Auxiliary(nnx.Module):
-    """What the paper's code trains beside the main head, on the stage before the last (FCN)."""
+    """What the paper's code trains beside the main head, on the stage before the last (FCN).
+
+    It is not there in evaluation, so it has no mask of its own: it shares the exchange of the last
+    stage's first block, and its hidden channels go to all nodes.
+    """
 
     def __init__(self, c_in: int, classes: int, *, exchange: Exchange, conv: Layer, norm: Layer):
         self.hidden = ConvNorm(
             c_in, c_in // 4, (3, 3), padding=1, exchange=exchange, conv=conv, norm=norm
         )
-        self.head = conv(c_in // 4, classes, (1, 1), mesh=exchange.mesh, use_bias=True)
+        mesh, hidden = exchange.mesh, c_in // 4
+        self.everywhere = Gather(hidden, mesh=mesh, always=True)
+        self.head = conv(
+            hidden, classes, (1, 1), exchange=Replicated(hidden, mesh=mesh), use_bias=True
+        )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Logits:
-        return self.head(self.hidden(x))
+        return self.head(self.everywhere(self.hidden(x)))
 
 
 class DeepLabV3(nnx.Module):
