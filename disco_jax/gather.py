@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,10 +113,13 @@ class Statistics(AllGather):
 def everywhere(
     x: Float[Array, "b ... c"], mesh: NodeMesh, wire_dtype: str | None = None
 ) -> Float[Array, "b ... c"]:
-    """Gives every node the channels of all, as they arrive in ``wire_dtype``."""
+    """Gives every node the channels of all, as they arrive in ``wire_dtype``.
+
+    The gradient passes through the rounding as if there were none.
+    """
     dtype = wire_dtype or str(x.dtype)
     if not mesh.distributed:
-        return wire.decode(wire.encode(x, dtype), dtype, x)
+        return x if dtype == x.dtype else wire.rounded(x, dtype, None)
     spec = activation_spec(x.ndim, mesh)
     return jax.shard_map(
         lambda x: jnp.reshape(jnp.moveaxis(_all_gather(x, dtype), 0, -2), (*x.shape[:-1], -1)),
@@ -125,17 +130,30 @@ def everywhere(
     )(x)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _all_gather(x: Shaped[Array, "..."], dtype: str) -> Shaped[Array, "n ..."]:
-    """What every node has, by one permute a ring offset, in as many bytes as the dtype says.
+    """What every node has, in as many bytes as the dtype says."""
+    return wire.decode(_around(wire.encode(x, dtype)), dtype, x)
+
+
+def _all_gather_bwd(dtype: str, _: None, gradient: Array) -> tuple[Array]:
+    """The transpose of a gather that rounds nothing: bits have no gradient."""
+    return jax.linear_transpose(_around, jax.typeof(gradient[0]))(gradient)
+
+
+_all_gather.defvjp(lambda x, dtype: (_all_gather(x, dtype), None), _all_gather_bwd)
+
+
+def _around(sent: Shaped[Array, "..."]) -> Shaped[Array, "n ..."]:
+    """What every node sends, by one permute a ring offset.
 
     It is as fast as gloo's own all-gather, and counted like every other message.
     """
-    sent = wire.encode(x, dtype)
     n = lax.axis_size(NODE)
     rings = [[(s, (s + offset) % n) for s in range(n)] for offset in range(1, n)]
     found = jnp.stack([sent, *(lax.ppermute(sent, NODE, ring) for ring in rings)])
     source = (lax.axis_index(NODE) - jnp.arange(n)) % n  # offset k brings what node - k has
-    return wire.decode(found[source], dtype, x)
+    return found[source]
 
 
 def _moments(x: Array, count: Array | np.ndarray) -> Array:

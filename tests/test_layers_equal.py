@@ -270,6 +270,19 @@ def test_a_result_is_what_arrives(wire_dtype):
         dj.Gather(5, mesh=mesh, wire_dtype="int8")
 
 
+@pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16", None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_passes_a_result_unrounded(dtype, wire_dtype):
+    """The way back has no wire dtype: the slope of every channel, dead ones 0."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 6)), dtype)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 5)), dtype)
+    for mesh in meshes(3):
+        gather = dj.Gather(5, mesh=mesh, always=True, wire_dtype=wire_dtype)
+        gradient = jax.jit(jax.grad(lambda x, gather=gather: jnp.sum(gather(x) * weights)))(x)
+        expected = pad_axis(weights, 6, -1).astype(jnp.float32)
+        close(gradient.astype(jnp.float32), expected, 1e-6 if dtype == "float32" else 1e-2)
+
+
 @pytest.mark.parametrize("nodes", NODES)
 def test_l2_norm(nodes):
     """Over the channels of all nodes; where all are 0 it stays 0, and so does the gradient."""
