@@ -6,10 +6,11 @@
     python -m disco_jax.main --config=configs/deeplab.py:land         # land cover from space
     python -m disco_jax.main --config=configs/deeplab.py:pets         # the full recipe
 
-The last is DeepLabV3 on a ResNet-50 as in the paper (crops of 513, output stride 16, batch 16,
-30,000 updates); it needs `tfds build oxford_iiit_pet --file_format=array_record`, weights of
-torchvision's ResNet or DeepLabV3 in --config.dense.weights, and accelerators. Any folder with
-images and masks will do: --config.data.source=masks:ROOT.
+The last is DeepLabV3 on a ResNet-50 (crops of 513, output stride 16, batch 16, 30,000 updates,
+the paper's poly schedule; torchvision's auxiliary head, no multi-grid); it needs
+`tfds build oxford_iiit_pet --file_format=array_record`, accelerators, and torchvision's ResNet-50
+to start from: --config.dense.backbone=resnet50.pth (or its DeepLabV3 instead of training:
+--config.dense.weights). Any images with masks will do: --config.data.source=masks:ROOT.
 """
 
 from disco_jax.config import defaults

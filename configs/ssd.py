@@ -6,9 +6,11 @@
     python -m disco_jax.main --config=configs/ssd.py:stamps           # cut-outs on photographs
     python -m disco_jax.main --config=configs/ssd.py:voc              # the full recipe
 
-The last is SSD300 on VGG-16 as in the paper (batch 32, 120,000 updates, the same augmentations); it
-needs `tfds build voc/2007 --file_format=array_record`, weights of torchvision's VGG or SSD300 in
---config.dense.weights, and accelerators. COCO's and VOC's own folders will do as well:
+The last is SSD300 on VGG-16, with the paper's loss and augmentations, for about 50,000 updates of
+32 images; it needs `tfds build voc/2007 --file_format=array_record`, accelerators, and
+torchvision's VGG-16 to start from: --config.dense.backbone=vgg16.pth (or its SSD300 instead of
+training: --config.dense.weights). It learns from the 2,501 images of VOC2007's train split, for
+validation is for choices; the paper takes VOC2012's as well. COCO's and VOC's own folders will do:
 --config.data.source=coco:ROOT, or voc:VOCdevkit/VOC2007.
 """
 
@@ -48,12 +50,12 @@ def get_config(variant: str = "scenes"):
     if variant == "voc":
         c.model.update(name="ssd300", width=64, extra=4, dtype="bfloat16")
         c.model.scales = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
-        c.data.update(source="tfds_objects:voc/2007", size=300, max_objects=60)
+        c.data.update(source="tfds_objects:voc/2007", size=300)
         # The colours that VGG's weights were trained on, in units of 0 to 1.
         c.data.update(mean=(0.48235, 0.45882, 0.40784), std=(1 / 255,) * 3)
         c.data.update(train_transforms=AUGMENTED, eval_transforms=("resize",))
         c.batch_size = 32
         c.optimizer.update(name="sgd", weight_decay=5e-4, warmup_epochs=2.0)
-        c.dense.update(epochs=600.0, learning_rate=1e-3)
+        c.dense.update(epochs=640.0, learning_rate=1e-3)
         c.sparse.update(epochs=200.0, learning_rate=2e-4, mask_share=0.5, every=100)
     return c

@@ -1,5 +1,8 @@
 """The fields that every config has, with defaults for classifying small images."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -28,7 +31,9 @@ def defaults() -> ConfigDict:
     )
     c.batch_size = 64
     c.eval_batch_size = 120
-    c.accumulate = 1  # micro-batches that make up one batch
+    # Micro-batches that make up one batch. Objects and pixels are averaged over each of these, so
+    # that the losses of detection and segmentation depend on it a little.
+    c.accumulate = 1
     c.max_steps = 0  # 0: as many as the epochs take
     c.optimizer = ConfigDict(
         {
@@ -43,9 +48,11 @@ def defaults() -> ConfigDict:
             "ema_decay": 0.0,  # 0: none
         }
     )
-    # weights: a file of interop.pretrained to start from instead of training
+    # Files of interop.pretrained. weights: of the model, which is not trained then; backbone: a
+    # classifier's, from which a detector or a segmentation starts.
     c.dense = ConfigDict({"epochs": 6.0, "learning_rate": 0.05})
     c.dense.weights = config_dict.placeholder(str)
+    c.dense.backbone = config_dict.placeholder(str)
     c.sparse = ConfigDict(
         {
             "epochs": 3.0,
@@ -78,3 +85,17 @@ def defaults() -> ConfigDict:
     c.wire_rules = ()  # (pattern of exchange paths, wire dtype), before wire_dtype
     c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
     return c
+
+
+def filled(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as a checkpoint has it; fields from after its time get their defaults.
+
+    >>> filled({"dense": {"epochs": 2.0}})["dense"]["learning_rate"]
+    0.05
+    """
+    return _merged(defaults().to_dict(), saved)
+
+
+def _merged(known: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {k for k, v in known.items() if isinstance(v, Mapping) and k in saved}
+    return {**known, **saved, **{k: _merged(known[k], saved[k]) for k in nested}}

@@ -142,6 +142,8 @@ class Job:
         if name == "dense" and config.dense.weights:
             pretrained.load(self.model, config.dense.weights)
             return
+        if name == "dense" and config.dense.backbone:
+            pretrained.load_backbone(self.model, config.dense.backbone)
         batches = training_batches(
             self.train_set,
             self.train_preprocess,

@@ -45,6 +45,11 @@ def serve(
     """
     preprocess, folder = evaluation(config), None if output is None else Path(output)
     if folder is not None:
+        require(
+            images in (None, "-") or folder.resolve() != Path(str(images)).resolve(),
+            f"`output` (={output}) is the folder of the images, which would be overwritten; name "
+            "another",
+        )
         folder.mkdir(parents=True, exist_ok=True)
     facts = {"preprocess": repr(preprocess), "batch_size": batch, "pillow": PIL.__version__}
     paths, say = _paths(images, hosts), _stdout()

@@ -42,6 +42,11 @@ def check(config: ConfigDict) -> None:
         f"`eval_batch_size` (={config.eval_batch_size}) must be divisible by `data_parallel` "
         f"(={config.data_parallel}); choose a multiple",
     )
+    require(
+        config.data.eval_size != 0 or config.eval_batch_size == 1,
+        f"`eval_batch_size` (={config.eval_batch_size}) must be 1 where `data.eval_size` is 0: "
+        "images of different sizes make no batch; set it, and `data_parallel`, to 1",
+    )
     for wire_dtype in (config.wire_dtype, *(dtype for _, dtype in config.wire_rules)):
         if wire_dtype is not None:
             wire.check_wire_dtype(wire_dtype)

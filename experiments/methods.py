@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # Densities and wire dtypes as `cost.plan_latency` chooses them.
     "planned": {**ASSIGN, "quantise": True, "distill.weight": 0.5, "planned": True},
     "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
+    "best in training": {**ASSIGN, **BY_COST, **INT8, "quantise": True, "distill.weight": 0.5},
     "all but assigned": {**BY_COST, **DISTILL},
     "all but by cost": {**ASSIGN, **DISTILL},
     "all but distilled": {**ASSIGN, **BY_COST},

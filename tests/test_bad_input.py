@@ -413,6 +413,13 @@ class TestCheckpoint:
         with pytest.raises(dj.DiscoError, match=message):
             checkpoints.restore(self.state(), settings=other)
 
+    def test_a_field_of_later_has_its_default(self, tmp_path):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(self.state(), data={}, settings=self.settings)
+        checkpoints.restore(self.state(), settings={**self.settings, "accumulate": 1})
+        with pytest.raises(dj.DiscoError, match=r"`accumulate` \(=2\) differs .*\(=1\)"):
+            checkpoints.restore(self.state(), settings={**self.settings, "accumulate": 2})
+
     def test_damaged(self, tmp_path):
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(self.state(), data={}, settings=self.settings)

@@ -154,6 +154,7 @@ def test_a_report_that_is_not_one(tmp_path):
         ({"batch_size": 10, "accumulate": 3}, r"`batch_size` \(=10\) must be divisible by"),
         ({"dense": ConfigDict({"epochs": 0.0})}, r"`dense.epochs` \(=0.0\) must be positive"),
         ({"max_steps": -1}, r"`max_steps` \(=-1\) must be 0"),
+        ({"data": {"eval_size": 0}}, r"`eval_batch_size` \(=120\) must be 1 where"),
         ({"eval_batch_size": 7, "data_parallel": 2}, r"`eval_batch_size` \(=7\) must be divis"),
         ({"wire_dtype": "int3"}, r"`wire_dtype` \(='int3'\) must be one of"),
         ({"sparse": ConfigDict({"mask_share": 1.0})}, r"`sparse.mask_share` \(=1.0\) must be"),

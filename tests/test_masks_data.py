@@ -205,6 +205,20 @@ def test_transforms_of_masks_keep_their_word(name):
             assert got["mask"] is given["mask"]
 
 
+@pytest.mark.parametrize("name", ["distort", "fit", "scale_crop"])
+def test_grey_images_have_one_channel(name):
+    """And what happens to it happens to the same image in colour, but for saturation and hue."""
+    grey = np.random.default_rng(0).integers(0, 256, (70, 90, 1), np.uint8)
+    found = [
+        joint.TRANSFORMS[name]({"image": image}, 48, np.random.default_rng(3))["image"]
+        for image in (grey, np.repeat(grey, 3, -1))
+    ]
+    assert found[0].dtype == np.uint8
+    if name != "distort":
+        np.testing.assert_array_equal(np.repeat(found[0], 3, -1), found[1])
+    assert found[0].shape == (*found[1].shape[:2], 1)
+
+
 def test_masks_are_not_normalised():
     prepare = preprocess.Preprocess(48, ("scale_crop",), (0.5,) * 3, (0.25,) * 3)
     got = prepare(example(), np.random.default_rng(0))

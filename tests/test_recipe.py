@@ -124,6 +124,37 @@ def test_dense_weights_from_a_file_start_on_any_number_of_nodes(tmp_path):
     np.testing.assert_allclose(job.model(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def flat(model):
+    """Parameters and statistics by path."""
+    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): np.array(variable[...]) for path, variable in state}
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher"),
+    [("deeplabv3_resnet18", "resnet18"), ("ssd_resnet18", "resnet18"), ("ssd300", "vgg16")],
+)
+def test_a_backbone_starts_from_a_classifier(name, teacher, tmp_path):
+    """All of it, on any number of nodes; the rest stays, and the classifier's head is left out."""
+    one, two = dj.NodeMesh(1, emulate=True), dj.NodeMesh(2, emulate=True)
+    small = {"hidden": 8} if teacher == "vgg16" else {}
+    classifier = dj.models.create(teacher, mesh=one, width=4, rngs=nnx.Rngs(7), **small)
+    model = dj.models.create(name, mesh=two, width=4, rngs=nnx.Rngs(0))
+    pretrained.save(classifier, tmp_path / "classifier.safetensors")
+    before = flat(model)
+    pretrained.load_backbone(model, tmp_path / "classifier.safetensors")
+    prefix = {"ssd_resnet18": "trunk.backbone.", "ssd300": "trunk.convs."}.get(name, "backbone.")
+    theirs = flat(classifier)
+    for path, value in flat(model).items():
+        if path.startswith(prefix):
+            source = path.removeprefix(prefix.removesuffix("convs."))
+            np.testing.assert_array_equal(value, theirs[source])
+        else:
+            np.testing.assert_array_equal(value, before[path])
+    with pytest.raises(dj.DiscoError, match="has no backbone that takes"):
+        pretrained.load_backbone(classifier, tmp_path / "classifier.safetensors")
+
+
 class TestPretrained:
     def model(self, nodes=1, width=4, **options):
         mesh = dj.NodeMesh(nodes, emulate=True)

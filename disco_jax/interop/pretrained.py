@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from disco_jax.errors import require
 from disco_jax.interop import checkpoints
 from disco_jax.interop.checkpoints import Names, Tensors
+from disco_jax.interop.names import BACKBONES
 from disco_jax.trace import modules
 
 
@@ -46,7 +47,35 @@ def load(model: nnx.Module, path: Path | str, *, skip: Sequence[str] = ()) -> No
     """
     found = _variables(model)
     wanted = {n: v for n, v in found.items() if not any(re.search(s, n) for s in skip)}
-    tensors, extra, theirs = _ours(model, checkpoints.read(path), found)
+    _load(model, path, wanted, whole=True)
+
+
+def load_backbone(model: nnx.Module, path: Path | str) -> None:
+    """Reads a classifier's weights into the backbone of a detector or a segmentation, in place.
+
+    A ResNet's into a ``Backbone``, the convolutions of VGG-16 into SSD300's trunk; the file is one
+    that :func:`load` reads, and its other weights are left out.
+
+    Raises:
+      DiscoError: if the model has no backbone, the file cannot be read, or tensors are missing or
+        misshapen; the message lists all of them.
+    """
+    parts = [m for _, m in modules(model) if type(m).__name__ in BACKBONES]
+    require(
+        len(parts) == 1,
+        f"`model` ({type(model).__name__}) has no backbone that takes a classifier's weights "
+        f"({', '.join(BACKBONES)}); load those of the whole model",
+    )
+    pattern = BACKBONES[type(parts[0]).__name__]
+    wanted = {n: v for n, v in _variables(parts[0]).items() if re.search(pattern, n)}
+    _load(parts[0], path, wanted, whole=False)
+
+
+def _load(
+    model: nnx.Module, path: Path | str, wanted: dict[str, nnx.Variable], *, whole: bool
+) -> None:
+    """Sets the variables ``wanted``; with ``whole`` the file may hold no others."""
+    tensors, extra, theirs = _ours(model, checkpoints.read(path), _variables(model))
     missing = [theirs.get(name, name) for name in wanted if name not in tensors]
     least = _least_shapes(model)
     fitted = {n: _fit(tensors[n], v.shape, least[n]) for n, v in wanted.items() if n in tensors}
@@ -55,7 +84,9 @@ def load(model: nnx.Module, path: Path | str, *, skip: Sequence[str] = ()) -> No
         for name, value in fitted.items()
         if value is None
     ]
-    kinds = {"missing": missing, "not in the model": extra, "of another shape": odd}
+    kinds = {"missing": missing, "of another shape": odd}
+    if whole:
+        kinds["not in the model"] = extra
     require(
         not any(kinds.values()),
         f"`weights` (={path}) are not those of the model: "

@@ -29,7 +29,7 @@ from disco_jax.tasks import Classification, Task
 
 Answer = dict[str, Any]
 Found = dict[str, np.ndarray]  # the arrays of one image
-Picture = Float[np.ndarray, "size size c"]
+Example = dict[str, Any]  # one image as the model takes it, and what is known of it
 REMEMBERED = 10_000  # batches whose times make up the percentiles
 
 
@@ -62,7 +62,8 @@ class Session:
       peers: the other nodes.
       batch_size: images at a time; the last batch is filled up.
       task: what is said of an image, its class by default.
-      output: where pictures go (masks, enlarged images), as PNG files of the images' names.
+      output: where pictures go (masks, enlarged images), as PNG files of the images' names,
+        numbered from the second of a name on.
 
     Raises:
       DiscoError: if there are other than 1 or 3 channels, or batches of images of any size.
@@ -88,6 +89,7 @@ class Session:
         )
         self._preprocess, self._peers = preprocess, peers
         self._task, self._output = task or Classification(), output
+        self._written: set[Path] = set()
         self._program = Program(Answers(frozen.model, frozen.mesh, self._task))
         self._shape = (batch_size, size, size, channels)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
@@ -134,9 +136,9 @@ class Session:
         self._unreadable += len(errors)
         found: Iterator[Answer] = iter(())
         if read:
-            files, pictures = zip(*read, strict=True)
+            files, examples = zip(*read, strict=True)
             self._peers.give(files)
-            found = iter(self._run(pictures))
+            found = iter(self._run(examples))
             self._served += len(read)
             self._seconds.append(time.perf_counter() - start)
         return [
@@ -148,12 +150,19 @@ class Session:
         said = self._task.said(next(found))
         picture = said.pop("picture", None)
         if picture is not None and self._output is not None:
-            file = self._output / f"{Path(path).stem}.png"
+            file = self._new(self._output, Path(path).stem)
             Image.fromarray(picture.squeeze()).save(file)
             said["written"] = str(file)
         return said
 
-    def _read(self, path: Path) -> tuple[bytes, Picture]:
+    def _new(self, folder: Path, stem: str) -> Path:
+        """A file that this session has not written: images of several folders may share a name."""
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        file = next(f for f in (folder / f"{name}.png" for name in names) if f not in self._written)
+        self._written.add(file)
+        return file
+
+    def _read(self, path: Path) -> tuple[bytes, Example]:
         require(path.is_file(), f"`image` {path} is not a file; name one that exists")
         try:
             file = path.read_bytes()
@@ -163,18 +172,20 @@ class Session:
             ) from None
         return file, self._prepare(file, str(path))
 
-    def _prepare(self, file: bytes, name: str) -> Picture:
+    def _prepare(self, file: bytes, name: str) -> Example:
         image = decode(io.BytesIO(file), name, self._shape[-1])
-        return self._preprocess({"image": image}, np.random.default_rng(0))["image"]
+        return self._preprocess({"image": image}, np.random.default_rng(0))
 
-    def _run(self, pictures: Sequence[Picture]) -> list[Found]:
-        """What there is to say of each picture."""
-        shape = self._shape if self._preprocess.size else (1, *pictures[0].shape)
+    def _run(self, examples: Sequence[Example]) -> list[Found]:
+        """What there is to say of each image."""
+        shape = self._shape if self._preprocess.size else (1, *examples[0]["image"].shape)
         batch = np.zeros(shape, np.float32)
-        for place, picture in zip(batch, pictures, strict=False):
-            place[:] = picture
+        for place, example in zip(batch, examples, strict=False):
+            place[:] = example["image"]
         found = jax.device_get(self._program(batch))  # type: ignore[arg-type]
-        return [{k: v[i] for k, v in found.items()} for i in range(len(pictures))]
+        return [
+            {**example, **{k: v[i] for k, v in found.items()}} for i, example in enumerate(examples)
+        ]
 
 
 def mesh_of_hosts(nodes: int) -> NodeMesh:

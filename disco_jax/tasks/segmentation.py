@@ -65,10 +65,12 @@ class Segmentation:
         return {"mask": outputs.argmax(-1).astype(jnp.uint8)}
 
     def said(self, answer: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Which share of the pixels each class has; the picture is the mask."""
-        classes, counts = np.unique(answer["mask"], return_counts=True)
+        """Which share of the pixels each class has; the picture is the mask, without filling."""
+        mask = answer["mask"]
+        height, width = answer.get("extent", mask.shape)
+        classes, counts = np.unique(mask[:height, :width], return_counts=True)
         shares = zip(classes.tolist(), (counts / counts.sum()).round(4).tolist(), strict=True)
-        return {"shares": {str(c): share for c, share in shares}, "picture": answer["mask"]}
+        return {"shares": {str(c): share for c, share in shares}, "picture": mask[:height, :width]}
 
     def summary(self, found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         """``mIoU``, ``pixel accuracy`` and mean ``loss``, over all pixels of the set."""

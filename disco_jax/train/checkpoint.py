@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from disco_jax.config import filled
 from disco_jax.errors import DiscoError, require
 from disco_jax.train.step import TrainState
 
@@ -66,7 +68,7 @@ class Checkpoints:
             f"`workdir` has no checkpoint in {self.directory}; train first (--mode=train)",
         )
         metadata = self._checkpointer.metadata(step).custom_metadata or {}
-        saved: Any = metadata.get("settings", {})
+        saved: Any = json.loads(json.dumps(filled(metadata.get("settings", {}))))
         wrong = [k for k in settings if saved.get(k) != settings[k]]
         if wrong:
             key, now, before = _difference(wrong[0], settings[wrong[0]], saved.get(wrong[0]))

@@ -77,6 +77,8 @@ class Distillation:
         """The loss from that against the truth, and what both networks gave."""
         soft = task.imitation(student[0], teacher[0], self.temperature)
         loss = (1 - self.weight) * truth + self.weight * soft
+        if not self.features:
+            return loss
         return loss + self.features * distillation.features(student[1], teacher[1])
 
 
