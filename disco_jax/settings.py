@@ -29,6 +29,11 @@ def check(config: ConfigDict) -> None:
             f"`{name}.epochs` (={config[name].epochs}) must be positive; 0.1 is a tenth of one",
         )
     require(
+        not (config.dense.weights and config.dense.backbone),
+        f"`dense.backbone` (={config.dense.backbone}) is for training, which `dense.weights` "
+        f"(={config.dense.weights}) takes the place of; set one of them",
+    )
+    require(
         config.max_steps >= 0,
         f"`max_steps` (={config.max_steps}) must be 0 (all that the epochs take) or more",
     )

@@ -153,6 +153,7 @@ def test_a_report_that_is_not_one(tmp_path):
         ({"batch_size": 0}, r"`batch_size` \(=0\) must be a positive integer"),
         ({"batch_size": 10, "accumulate": 3}, r"`batch_size` \(=10\) must be divisible by"),
         ({"dense": ConfigDict({"epochs": 0.0})}, r"`dense.epochs` \(=0.0\) must be positive"),
+        ({"dense": {"weights": "a", "backbone": "b"}}, r"`dense.backbone` \(=b\) is for training"),
         ({"max_steps": -1}, r"`max_steps` \(=-1\) must be 0"),
         ({"data": {"eval_size": 0}}, r"`eval_batch_size` \(=120\) must be 1 where"),
         ({"eval_batch_size": 7, "data_parallel": 2}, r"`eval_batch_size` \(=7\) must be divis"),

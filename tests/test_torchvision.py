@@ -112,3 +112,27 @@ def test_deeplabv3_resnet50(torchvision, tmp_path, auxiliary):
         x = jnp.asarray(images)
         seen = model._full_size(model.auxiliary(model.backbone.features(x)[-2]), x)
         close(np.moveaxis(seen, -1, 1), expected["aux"].numpy(), PARITY)
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet18", "ssd_resnet18", "ssd300"])
+def test_backbones_start_from_torchvisions_classifiers(name, torchvision, tmp_path):
+    """All that a classifier has of the backbone is read, kernels in our layout."""
+    if name == "ssd300":
+        features = torchvision.models.vgg16().features
+        theirs = {f"features.{k}": v for k, v in features.state_dict().items()}
+        theirs["classifier.0.weight"] = torchvision.torch.zeros(8, 8)
+    else:
+        theirs = torchvision.models.resnet18().state_dict()
+    arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in theirs.items()}
+    save_file(arrays, tmp_path / "classifier.safetensors")
+    model = dj.models.create(name, mesh=dj.NodeMesh(2, emulate=True), rngs=nnx.Rngs(0))
+    pretrained.load_backbone(model, tmp_path / "classifier.safetensors")
+    if name == "ssd300":
+        pairs = [(model.trunk.convs[12], "features.28"), (model.trunk.convs[0], "features.0")]
+    else:
+        backbone = model.backbone if hasattr(model, "backbone") else model.trunk.backbone
+        pairs = [(backbone.conv, "conv1"), (backbone.blocks[5].conv2, "layer3.1.conv2")]
+    for layer, path in pairs:
+        np.testing.assert_array_equal(
+            layer.kernel[...], arrays[f"{path}.weight"].transpose(2, 3, 1, 0)
+        )
