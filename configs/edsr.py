@@ -25,7 +25,7 @@ def get_config(variant: str = "samples"):
     c = defaults()
     c.name = f"edsr_{variant}"
     c.task.update(name="super_resolution", scale=2)
-    c.model.update(name="edsr", scale=2, width=16, depth=4, result_dtype="float16")
+    c.model.update(name="edsr", scale=2, width=16, depth=4, result_dtype="float16", parts=False)
     c.data.update(source="samples", size=24, eval_size=0, mean=(0.45,) * 3, std=(0.27,) * 3)
     c.data.train_transforms = ("random_patch", "dihedral", "degrade")
     c.data.eval_transforms = ("degrade",)

@@ -2,8 +2,8 @@
 
 from disco_jax import cost, interop, layers, models, plan, runtime, sparsify
 from disco_jax.errors import DiscoError
-from disco_jax.exchange import Exchange, Local, Mask, Replicated
-from disco_jax.gather import Everywhere, Gather, Statistics
+from disco_jax.exchange import Exchange, Local, Mask, Parts, Replicated
+from disco_jax.gather import Everywhere, Gather, Statistics, Sum
 from disco_jax.interop import Distributed, distribute
 from disco_jax.mesh import NodeMesh
 from disco_jax.packed import PackedExchange
@@ -24,9 +24,11 @@ __all__ = [
     "Mask",
     "NodeMesh",
     "PackedExchange",
+    "Parts",
     "Readable",
     "Replicated",
     "Statistics",
+    "Sum",
     "__version__",
     "cost",
     "distribute",

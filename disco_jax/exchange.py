@@ -39,8 +39,11 @@ class Reader(nnx.Module):
 
     Attributes:
       channels: number of channels of the input, dead ones included.
+      split_axis: of a kernel that reads it, the axis whose entries the nodes share.
       name: the path within a model, once ``trace.name_exchanges`` has given one.
     """
+
+    split_axis = -1  # output channels
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
         self.features = features
@@ -51,6 +54,10 @@ class Reader(nnx.Module):
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         raise NotImplementedError
+
+    def outputs(self, features: int, *, pad: bool, unit: int = 1) -> int:
+        """Channels, dead ones included, of a layer of ``features`` outputs that reads this."""
+        return padded(features, self.mesh.nodes, pad=pad, unit=unit, name="out_features")
 
     def _check(self, x: Array) -> None:
         require(
@@ -81,6 +88,26 @@ class Local(Reader):
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
         return Readable(x, self.mesh, source=id(self))
+
+
+class Parts(Reader):
+    """A node reads only its own channels, for its part of every output: nothing moves.
+
+    The kernel is shared by its input channels (row parallelism: Shoeybi et al. 2019, arXiv
+    1909.08053), and the layer returns ``[b, ..., n*c_out]``, the parts beside each other, which
+    :class:`disco_jax.gather.Sum` adds up. Where a layer has fewer outputs than inputs, such as the
+    last one, less moves than through an exchange of its input, and nothing is left out.
+    """
+
+    split_axis = -2  # input channels
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        return Readable(x, self.mesh, packed=self.mesh.nodes > 1, source=id(self))
+
+    def outputs(self, features: int, *, pad: bool, unit: int = 1) -> int:
+        """Every node computes its part of each."""
+        return features
 
 
 class Exchange(Reader):

@@ -48,12 +48,8 @@ class Gather(AllGather):
         always: bool = False,
         wire_dtype: str | None = None,
     ):
-        require(
-            wire_dtype is None or not wire.calibrated(wire.check_wire_dtype(wire_dtype)),
-            f"`wire_dtype` (={wire_dtype!r}) of a result must be a floating dtype, for integers "
-            "need a range; choose float16",
-        )
-        self.features, self.always, self.wire_dtype = features, always, wire_dtype
+        self.features, self.always = features, always
+        self.wire_dtype = _floating(wire_dtype)
         super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
 
     def __call__(self, x: Float[Array, "b ... padded"]) -> Float[Array, "b ... c"]:
@@ -62,6 +58,25 @@ class Gather(AllGather):
             return x
         note(self, x)
         return everywhere(x, self.mesh, self.wire_dtype)[..., : self.features]
+
+
+class Sum(AllGather):
+    """Gives every node the sum of what the nodes computed: ``[b, ..., n*c] -> [b, ..., c]``.
+
+    The way out for a layer that reads :class:`disco_jax.exchange.Parts`. In ``wire_dtype`` each
+    part is read as it arrives, by its owner too; the sum is what is computed in.
+    """
+
+    def __init__(self, features: int, *, mesh: NodeMesh, wire_dtype: str | None = None):
+        self.features, self.wire_dtype = features, _floating(wire_dtype)
+        super().__init__(features, mesh=mesh)
+
+    def __call__(self, x: Float[Array, "b ... parts"]) -> Float[Array, "b ... c"]:
+        if self.mesh.nodes == 1:
+            return x
+        note(self, x)
+        x = everywhere(x, self.mesh, self.wire_dtype)
+        return jnp.reshape(x, (*x.shape[:-1], self.mesh.nodes, self.features)).sum(-2)
 
 
 class Everywhere(AllGather):
@@ -128,6 +143,15 @@ def everywhere(
         out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
         check_vma=False,  # which the checker cannot infer
     )(x)
+
+
+def _floating(wire_dtype: str | None) -> str | None:
+    require(
+        wire_dtype is None or not wire.calibrated(wire.check_wire_dtype(wire_dtype)),
+        f"`wire_dtype` (={wire_dtype!r}) of a result must be a floating dtype, for integers "
+        "need a range; choose float16",
+    )
+    return wire_dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

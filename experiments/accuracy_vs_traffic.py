@@ -100,7 +100,7 @@ class Run:
     @property
     def name(self) -> str:
         method = self.method.replace(" ", "_")
-        return f"w{self.width}-n{self.nodes}-s{self.seed}-{method}-{self.times_less}x"
+        return f"{self.model}-w{self.width}-n{self.nodes}-s{self.seed}-{method}-{self.times_less}x"
 
 
 def base_config(args: argparse.Namespace, width: int, seed: int) -> ConfigDict:
@@ -150,37 +150,49 @@ def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
     changes = dict(METHODS[run.method])
     changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
-    # What no mask thins of a ResNet are its logits, a five-thousandth at most.
-    whole = unmasked(c) if run.model != "resnet20" else 0.0
-    density = 32 / wire.BITS[c.wire_dtype] * (1 / run.times_less - whole) / (1 - whole)
-    c.sparse.density = 1.0 if run.method == "dense" else min(1.0, density)
-    with c.sparse.unlocked():
+    with c.unlocked():
         for key, value in changes.items():
-            section, _, name = ("sparse." + key).rpartition(".")
-            (c.sparse if section == "sparse" else c.sparse.distill)[name] = value
+            section, _, name = key.rpartition(".")
+            {"": c.sparse, "distill": c.sparse.distill, "model": c.model}[section][name] = value
+    c.sparse.density = 1.0 if run.method == "dense" else density(run, c, dense_traffic(run, args))
     return c
 
 
-def unmasked(config: ConfigDict) -> float:
-    """Share of the dense traffic that no mask thins: statistics of layer norms, and results."""
+def density(run: Run, config: ConfigDict, dense: int) -> float:
+    """That meets the budget: what no mask thins (statistics of norms, results) comes first."""
+    exchanges, whole = dense_plan(config).exchanges, 0
+    if run.model == "resnet20":  # of which these are the logits, a five-thousandth at most
+        masked = dense
+    else:
+        whole = sum(e.traffic_bytes(run.nodes) for e in exchanges if e.gathered)
+        masked = sum(e.dense_traffic_bytes(run.nodes) for e in exchanges if not e.gathered)
+    share = (dense / run.times_less - whole) / masked
+    return min(1.0, 32 / wire.BITS[config.wire_dtype] * share)
+
+
+def dense_traffic(run: Run, args: argparse.Namespace) -> int:
+    """Bytes of the dense split of the network as it is, whatever a method makes of it."""
+    config = base_config(args, run.width, run.seed)
+    config.nodes = run.nodes
+    return dense_plan(config).dense_traffic_bytes
+
+
+def dense_plan(config: ConfigDict) -> plan.CommunicationPlan:
     mesh = NodeMesh(config.nodes, emulate=True)
     classes = sources.load(config.data.source, "train").num_classes
     options = {**config.model, **({"num_classes": classes} if classes else {})}
     model = models.create(mesh=mesh, rngs=nnx.Rngs(0), **options)
     size = config.data.size
     images = jax.ShapeDtypeStruct((1, size, size, len(config.data.mean)), np.float32)
-    found = plan.freeze(model, images).plan
-    whole = sum(e.traffic_bytes(found.nodes) for e in found.exchanges if e.gathered)
-    return whole / found.dense_traffic_bytes
+    return plan.freeze(model, images).plan
 
 
-def planned(run: Run, config: ConfigDict, folder: Path) -> ConfigDict:
+def planned(run: Run, config: ConfigDict, folder: Path, dense: int) -> ConfigDict:
     """The config with a density and a wire dtype for every exchange, for the run's traffic."""
     job = Job(config, folder)
     job.train("dense")
     images = np.concatenate(list(job.calibration()))
     sparsify.assign(job.model, images)
-    dense = plan.freeze(job.model, job.images).plan.dense_traffic_bytes
     link = cost.Link(mbit=8, ms=0)  # a millisecond for every 1000 bytes that a node sends
     ms = dense / run.times_less / run.nodes / 1e3
     found = cost.plan_latency(job.model, images, ms, link, gmacs=1e9, wire_dtypes=("int4", "int8"))
@@ -191,8 +203,9 @@ def planned(run: Run, config: ConfigDict, folder: Path) -> ConfigDict:
 
 def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     folder, config = args.work / run.name, config_of(run, args)
+    dense = dense_traffic(run, args)
     if METHODS[run.method].get("planned"):
-        config = planned(run, config, folder)
+        config = planned(run, config, folder, dense)
     job = Job(config, folder)
     start = time.perf_counter()
     job.train("dense")
@@ -209,7 +222,7 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     row = {
         **dataclasses.asdict(run),
         "traffic": frozen.plan.traffic_bytes,
-        "dense_traffic": frozen.plan.dense_traffic_bytes,
+        "dense_traffic": dense,
         "exchanges": sum(bool(e.hops) for e in frozen.plan.exchanges),
         "validation": round(unit * job.validate(program), 3),
         "test": round(unit * job.test(program), 3),

@@ -10,13 +10,20 @@ REGROW = {"regrow": "gradient"}
 ALL = {**ASSIGN, **BY_COST, **DISTILL}
 INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
 INT4 = {"wire_dtype": "int4", "quantise": True}  # eight times, with rounding in training
-# What each method changes in the `sparse` section of the config.
+PARTS = {"model.parts": True}  # of results, exact, instead of what the last layer reads
+# What each method changes in the `sparse` section of the config, or in `model`.
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "none": {"score": "none"},
     "random": {"score": "random", "schedule": "constant"},
     "uniform l2": {},
     "best": {**ASSIGN, **BY_COST, **INT8, "distill.weight": 0.5},
+    "best parts": {**ASSIGN, **BY_COST, **INT8, **PARTS, "distill.weight": 0.5},
+    "best parts in training": {
+        **{**ASSIGN, **BY_COST, **INT8, **PARTS},
+        **{"quantise": True, "distill.weight": 0.5},
+    },
+    "planned parts": {**ASSIGN, **PARTS, "quantise": True, "distill.weight": 0.5, "planned": True},
     # What each part adds, alone and together.
     "all": ALL,
     "assigned": ASSIGN,

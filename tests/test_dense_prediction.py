@@ -24,7 +24,10 @@ CASES = {
     ),
     "lraspp_resnet18": ({"width": 8, "num_classes": 5, "head_width": 16}, (2, 65, 65, 3)),
     "edsr": ({"width": 8, "depth": 2, "scale": 4}, (2, 12, 11, 3)),
-    "rcan": ({"width": 8, "depth": 1, "groups": 2, "scale": 3, "reduction": 4}, (2, 12, 11, 3)),
+    "rcan": (
+        {"width": 8, "depth": 1, "groups": 2, "scale": 3, "reduction": 4, "parts": True},
+        (2, 12, 11, 3),
+    ),
 }
 QUICK = [
     ("ssd300", 2),

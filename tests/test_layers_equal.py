@@ -258,6 +258,48 @@ def test_node_local_operations(nodes):
         close(dj.layers.resize(x, (7, 9), mesh=mesh), larger, FLOAT32)
 
 
+class Summed(nnx.Module):
+    """A layer that reads `Parts`, and the sum of the parts."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.sum = dj.Sum(layer.out_features, mesh=layer.mesh)
+
+    def __call__(self, x):
+        return self.sum(self.layer(x))
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("kind", ["Conv", "Dense"])
+def test_parts_add_up(kind, nodes):
+    """To the plain layer, gradients included; one gather of the outputs is all that moves."""
+    window = ((3, 2),) if kind == "Conv" else ()
+    plain = getattr(nnx, {"Dense": "Linear"}.get(kind, kind))(7, 3, *window, rngs=nnx.Rngs(0))
+    plain.bias.set_value(jnp.arange(3.0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, 7)), jnp.float32)
+    y, plain_grads, dx = value_and_grads(plain, x)
+    for mesh in meshes(nodes):
+        parts = dj.Parts(7, mesh=mesh, pad=True)
+        layer = getattr(dj.layers, kind)(7, 3, *window, exchange=parts, rngs=nnx.Rngs(0))
+        layer.bias.set_value(plain.bias[...])
+        wide = pad_axis(x, parts.channels, -1)
+        model = Summed(layer)
+        got, grads, got_dx = value_and_grads(model, wide)
+        close(got, y, FLOAT32)
+        close(got_dx[..., :7], dx, FLOAT32)
+        kernel = np.asarray(grads[("layer", "kernel")][...])
+        close(kernel[..., :7, :], plain_grads[("kernel",)][...], FLOAT32)
+        close(grads[("layer", "bias")][...], plain_grads[("bias",)][...], FLOAT32)
+        traced = dj.trace(model, wide)
+        assert [r.shape[-1] for r in traced.exchanges] == [3 * nodes] * (nodes > 1)
+        window_size = 6 if kind == "Conv" else 1
+        assert traced.layers[0].macs == 30 * window_size * parts.channels // nodes * 3
+        if mesh.distributed:
+            text = jax.jit(model).lower(wide).compile().as_text()
+            assert text.count(" collective-permute(") == nodes - 1
+            assert not any(f" {other}(" in text for other in ("all-reduce", "all-gather"))
+
+
 @pytest.mark.parametrize("wire_dtype", ["float16", "bfloat16"])
 def test_a_result_is_what_arrives(wire_dtype):
     """On every node, its own part included, and emulated as well."""

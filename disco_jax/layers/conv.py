@@ -14,7 +14,7 @@ from disco_jax.errors import require
 from disco_jax.exchange import Reader
 from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
-from disco_jax.partition import pad_axis, padded
+from disco_jax.partition import pad_axis
 from disco_jax.readable import Readable
 
 Window = int | Sequence[int]
@@ -65,7 +65,7 @@ class Conv(nnx.Conv):
             in_features, exchange=exchange, mesh=mesh, pad=pad, groups=feature_group_count
         )
         mesh = exchange.mesh
-        channels = padded(out_features, mesh.nodes, pad=pad, unit=unit, name="out_features")
+        channels = exchange.outputs(out_features, pad=pad, unit=unit)
         grouped = feature_group_count > 1
         # Dead channels are groups of their own where every channel is one.
         depthwise = pad and feature_group_count == in_features == out_features

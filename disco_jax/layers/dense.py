@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from disco_jax.exchange import Reader
 from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
-from disco_jax.partition import padded
 from disco_jax.readable import Readable
 
 
@@ -48,8 +47,7 @@ class Dense(nnx.Linear):
         refuse("Linear", kwargs, "dot_general", "promote_dtype", "preferred_element_type")
         alone = exchange is None
         exchange = reader(in_features, exchange=exchange, mesh=mesh, pad=pad)
-        nodes = exchange.mesh.nodes
-        channels = padded(out_features, nodes, pad=pad, unit=unit, name="out_features")
+        channels = exchange.outputs(out_features, pad=pad, unit=unit)
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         self.exchange = exchange
         self.mesh = exchange.mesh

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from disco_jax.errors import require
-from disco_jax.exchange import Exchange, Local, Reader
+from disco_jax.exchange import Exchange, Local, Parts, Reader
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import pad_axis
 from disco_jax.readable import Operation, Readable, note
@@ -63,13 +64,15 @@ def refuse(layer: str, keywords: dict[str, Any], *names: str) -> None:
 def distribute_weights(layer: Any, c_in: int, c_out: int, *, alone: bool = False) -> None:
     """Pads a Flax layer's ``kernel [..., c_in, c_out]`` and ``bias``, and places them.
 
-    Rows and columns of dead channels are zero, and stay zero under any gradient step. With
-    ``alone``, the exchange is the layer's own, and the kernel says so to optimisers.
+    The nodes share output channels, or input channels where the layer reads ``Parts``. Rows and
+    columns of dead channels are zero, and stay zero under any gradient step. With ``alone``, the
+    exchange is the layer's own, and the kernel says so to optimisers.
     """
     kernel = pad_axis(pad_axis(layer.kernel[...], c_in, -2), c_out, -1)
-    layer.kernel.set_value(layer.mesh.put(kernel, *[None] * (kernel.ndim - 1), NODE))
+    rows, columns = (NODE if axis == layer.exchange.split_axis else None for axis in (-2, -1))
+    layer.kernel.set_value(layer.mesh.put(kernel, *[None] * (kernel.ndim - 2), rows, columns))
     if layer.bias is not None:
-        layer.bias.set_value(split_channels(layer.bias[...], c_out, layer.mesh))
+        layer.bias.set_value(layer.mesh.put(pad_axis(layer.bias[...], c_out, -1), columns))
     if isinstance(layer.exchange, Exchange):
         note_exchange(layer, OWN if alone else UNNAMED)
 
@@ -91,10 +94,24 @@ def apply_weights(
     )
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = promote_dtype((readable.values, layer.kernel[...], bias), dtype=layer.dtype)
+    if isinstance(layer.exchange, Parts) and readable.packed:
+        kernel, bias = _parts(kernel, bias, layer.mesh.nodes)
     y = readable.replace(x).apply(op, kernel)
     y = y if bias is None else y + bias
     note(layer, y)
     return y
+
+
+def _parts(
+    kernel: Float[Array, "*k c_in c_out"], bias: Float[Array, "c_out"] | None, nodes: int
+) -> tuple[Float[Array, "n *k c_own c_out"], Float[Array, "n*c_out"] | None]:
+    """A kernel as the nodes share its input channels; the first node alone adds the bias."""
+    *window, c_in, c_out = kernel.shape
+    blocks = jnp.moveaxis(kernel.reshape(*window, nodes, c_in // nodes, c_out), -3, 0)
+    if bias is None:
+        return blocks, None
+    # Not a pad, for which XLA moves data between the nodes.
+    return blocks, jnp.where(jnp.arange(nodes)[:, None] == 0, bias, 0).reshape(-1)
 
 
 def split_channels(

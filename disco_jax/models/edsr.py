@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from disco_jax.errors import require
-from disco_jax.exchange import Replicated
-from disco_jax.gather import Gather
+from disco_jax.exchange import Parts, Replicated
+from disco_jax.gather import Gather, Sum
 from disco_jax.layers import Conv, pixel_shuffle
 from disco_jax.mesh import NodeMesh
 
@@ -75,6 +75,8 @@ class Upscaler(nnx.Module):
       width: channels.
       in_channels: channels of the images, which every node holds.
       result_dtype: what the result travels in, ``"float16"`` say; None: as computed.
+      parts: whether each node computes its part of the last convolution from its own channels, and
+        the parts travel, instead of the channels that it reads, which are many and twice the size.
       dtype, param_dtype: computed in, and stored in.
     """
 
@@ -88,6 +90,7 @@ class Upscaler(nnx.Module):
         width: int,
         in_channels: int = 3,
         result_dtype: str | None = None,
+        parts: bool = False,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = "float32",
     ):
@@ -107,8 +110,12 @@ class Upscaler(nnx.Module):
         self.upsample = nnx.List(
             conv(width, width * step**2, unit=step**2) for step in SHUFFLES[scale]
         )
-        self.head = conv(width, in_channels)
-        self.image = Gather(in_channels, mesh=mesh, always=True, wire_dtype=result_dtype)
+        if parts:
+            self.head = first(width, in_channels, exchange=Parts(width, mesh=mesh, pad=True))
+            self.image: nnx.Module = Sum(in_channels, mesh=mesh, wire_dtype=result_dtype)
+        else:
+            self.head = conv(width, in_channels)
+            self.image = Gather(in_channels, mesh=mesh, always=True, wire_dtype=result_dtype)
 
     def __call__(self, images: Map) -> Float[Array, "b h2 w2 c"]:
         x = self.body(self.conv(images))
