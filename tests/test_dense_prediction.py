@@ -100,6 +100,22 @@ def test_upscaling_learns_nothing_it_cannot_keep_on_a_node():
         assert model(jnp.ones((1, 5, 4, 3))).shape == (1, 10, 8, 3)
 
 
+def test_parts_of_an_enlargement_travel_instead_of_its_channels():
+    """Three for each node and pixel, not its 8; the bias of the last layer is on both nodes."""
+    plans = []
+    for parts in (False, True):
+        mesh = dj.NodeMesh(2, emulate=True)
+        model = dj.models.create(
+            "edsr", mesh=mesh, width=16, depth=1, parts=parts, rngs=nnx.Rngs(0)
+        )
+        plans.append(dj.freeze(model, jnp.ones((1, 5, 4, 3))).plan)
+    apart, added = plans
+    pixels, channels, result, dead = 10 * 8, 16, 3, 1
+    saved = channels + (result + dead) - 2 * result
+    assert apart.traffic_bytes - added.traffic_bytes == 4 * pixels * saved
+    assert added.layers[-1].weight_bytes == 4 * (9 * channels // 2 * result + result)
+
+
 FULL = {
     "ssd300": ((1, 300, 300, 3), (1, 300, 300, 3), {}),
     "deeplabv3_resnet50": ((1, 513, 513, 3), (1, 65, 65, 3), {}),

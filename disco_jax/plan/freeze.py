@@ -268,6 +268,8 @@ def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
     groups = getattr(layer, "feature_group_count", 1)
     dense = math.prod(window) * (layer.in_features // groups) * layer.out_features
     bias = 0 if layer.bias is None else layer.bias.size
+    if layer.exchange.split_axis == -1:  # else every node holds all of it
+        bias //= nodes
     dense_bias = 0 if layer.bias is None else layer.out_features
     itemsize = layer.kernel[...].dtype.itemsize
     return LayerPlan(
@@ -275,7 +277,7 @@ def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
         records[0].exchange,
         macs=sum(r.macs for r in records),
         single_node_macs=sum(r.positions for r in records) * dense,
-        weight_bytes=(layer.kernel.size + bias) // nodes * itemsize,
+        weight_bytes=(layer.kernel.size // nodes + bias) * itemsize,
         single_node_weight_bytes=(dense + dense_bias) * itemsize,
     )
 
