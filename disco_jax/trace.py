@@ -80,7 +80,8 @@ def name_exchanges(model: nnx.Module) -> None:
 class ExchangeRecord:
     """One call of an exchange.
 
-    ``shape`` is what it was given, channels last; ``positions`` are pixels or tokens per example.
+    ``shape`` is what it was given, channels last, and ``dtype`` what that travels in; ``positions``
+    are pixels or tokens per example.
     """
 
     path: str
@@ -150,5 +151,6 @@ def _records(model: nnx.Module, events: list[tuple[Any, Any]], batch: int) -> Tr
             computed.append(LayerRecord(path, "", positions, macs))
         else:
             reading = consumers.get(path, ())
-            moved.append(ExchangeRecord(path, value.shape, str(value.dtype), reading, positions))
+            dtype = getattr(module, "wire_dtype", None) or str(value.dtype)
+            moved.append(ExchangeRecord(path, value.shape, dtype, reading, positions))
     return Trace(tuple(moved), tuple(computed))

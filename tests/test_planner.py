@@ -43,6 +43,19 @@ def test_a_plan_meets_its_latency_and_the_packed_model_has_it(nodes, mbit):
     assert "latency" in str(planned)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_cost_what_they_travel_in(parts):
+    """Of an enlarged image in float16, the parts of all nodes or the channels of each."""
+    mesh, link = dj.NodeMesh(2, emulate=True), Link(mbit=8, ms=0)
+    options = {"width": 8, "depth": 1, "parts": parts, "result_dtype": "float16"}
+    model = dj.models.create("edsr", mesh=mesh, rngs=nnx.Rngs(0), **options)
+    images = IMAGES[:, :8, :8]
+    wanted = 1.001e-3 * dj.freeze(model, images, wire_dtype="int8").plan.traffic_bytes / 2
+    planned = plan_latency(model, images, wanted, link, gmacs=1e9, wire_dtypes=("int8",))
+    assert {c.density for c in planned.choices.values()} == {1.0}
+    assert planned.ms == pytest.approx(wanted, rel=2e-3)
+
+
 def test_time_for_everything_buys_everything_as_exactly_as_may_be():
     dtypes = ("int4", "float16")
     planned = plan_latency(resnet(2), IMAGES, 1e6, Link(mbit=10), gmacs=GMACS, wire_dtypes=dtypes)

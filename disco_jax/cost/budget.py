@@ -130,7 +130,8 @@ def price(model: nnx.Module, images: Images, links: Link | Links, *, gmacs: floa
             byte[record.path] += examples * record.positions / rate
             calls[record.path] += 1
         else:  # what is gathered is not for sale
-            size = 4 * examples * record.positions * record.shape[-1] / nodes
+            numbers = examples * record.positions * record.shape[-1] // nodes
+            size = wire.message_bytes(numbers, record.dtype)
             fixed += (nodes - 1) * (alpha + size / rate)
     seconds = {p: examples * m / gmacs / 1e9 for p, m in macs.items()}
     return Prices(nodes, byte, seconds, calls, alpha, fixed)

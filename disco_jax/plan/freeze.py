@@ -288,7 +288,7 @@ def _exchange_plan(module: Any, records: Sequence[ExchangeRecord]) -> ExchangePl
         consumers=records[0].consumers,
         positions=tuple(r.positions for r in records),
         features=getattr(module, "features", records[0].shape[-1]),
-        wire_dtype=getattr(module, "wire_dtype", None) or records[0].dtype,
+        wire_dtype=records[0].dtype,
         hops=getattr(module, "hops", ()),
         gathered=module.width if isinstance(module, AllGather) else 0,
     )
