@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from accuracy_figure import read, show
 from flax import nnx
-from methods import METHODS
+from methods import METHODS, PARTS
 from ml_collections import ConfigDict
 
 from disco_jax import NodeMesh, cost, models, plan, sparsify, wire
@@ -64,18 +64,26 @@ class Network:
     source: str | None = None  # within --data
 
 
+TASKS = ("dense", "none", "random", "uniform l2", "best", "in training")
 NETWORKS = {
     "resnet20": Network(
         "resnet20_fashion_mnist:full",
         (8, 16),
-        methods=tuple(METHODS),
+        methods=tuple(m for m, changes in METHODS.items() if not changes.keys() & PARTS.keys()),
         epochs={8: 2.0, 16: 1.0},
         rate=0.05,
     ),
     "vit_micro": Network("vit_fashion_mnist", (64,), epochs={64: 2.0}, rate=5e-4),
-    "deeplab": Network("deeplab:land", (16,), (2,), (5,), source="masks:{}/land"),
-    "ssd": Network("ssd:stamps", (16,), (2,), (5,), source="coco:{}/scenes"),
-    "edsr": Network("edsr:photos", (16,), (2,), (5,), source="photos:{}/photos"),
+    "deeplab": Network("deeplab:land", (16,), (2,), (5,), TASKS, source="masks:{}/land"),
+    "ssd": Network("ssd:stamps", (16,), (2,), (5,), TASKS, source="coco:{}/scenes"),
+    "edsr": Network(
+        "edsr:photos",
+        (16,),
+        (2,),
+        (5,),
+        ("dense", "none", "random", "uniform l2", "parts in training"),
+        source="photos:{}/photos",
+    ),
 }
 QUICK = {
     "widths": [8],

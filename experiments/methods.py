@@ -18,12 +18,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"score": "random", "schedule": "constant"},
     "uniform l2": {},
     "best": {**ASSIGN, **BY_COST, **INT8, "distill.weight": 0.5},
-    "best parts": {**ASSIGN, **BY_COST, **INT8, **PARTS, "distill.weight": 0.5},
-    "best parts in training": {
-        **{**ASSIGN, **BY_COST, **INT8, **PARTS},
-        **{"quantise": True, "distill.weight": 0.5},
-    },
-    "planned parts": {**ASSIGN, **PARTS, "quantise": True, "distill.weight": 0.5, "planned": True},
     # What each part adds, alone and together.
     "all": ALL,
     "assigned": ASSIGN,
@@ -39,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # Densities and wire dtypes as `cost.plan_latency` chooses them.
     "planned": {**ASSIGN, "quantise": True, "distill.weight": 0.5, "planned": True},
     "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
+    "in training": {**ASSIGN, **BY_COST, **INT8, "quantise": True},
     "best in training": {**ASSIGN, **BY_COST, **INT8, "quantise": True, "distill.weight": 0.5},
     "all but assigned": {**BY_COST, **DISTILL},
     "all but by cost": {**ASSIGN, **DISTILL},
@@ -57,4 +52,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "feedback": {"regrow": "feedback"},
     "lasso": {"lasso": 1e-3},
     "straight through": {"gates": "straight_through"},
+    # For models whose last layer has few outputs.
+    "parts in training": {**ASSIGN, **BY_COST, **INT8, **PARTS, "quantise": True},
 }
