@@ -14,7 +14,7 @@ from disco_jax.partition import pad_axis
 from disco_jax.readable import expand_mask
 from disco_jax.trace import exchanges
 
-NODES = (1, 2, 3, 4, 8)
+NODES = (1, 2, 3, pytest.param(4, marks=pytest.mark.slow), 8)
 
 
 def meshes(nodes):
