@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
+from strangers import MODELS
 
 import disco_jax as dj
 from disco_jax.cost import Link, Links, predict
@@ -104,6 +105,20 @@ def test_the_share_of_a_node_computes_what_the_plan_says(nodes, wire_dtype, emul
         convolutions = lowered.cost_analysis()["flops"] / 2
         assert convolutions == pytest.approx(model.plan.macs_per_node, rel=0.25)
         assert alone(images).shape[0] == 1
+
+
+@pytest.mark.parametrize("name", ["edsr", "mobilenet"])
+def test_a_share_reads_its_own_channels(name):
+    """Depthwise layers, and one that computes parts of an image."""
+    mesh, images = dj.NodeMesh(2, emulate=True), np.zeros((1, 16, 16, 3), np.float32)
+    if name == "edsr":
+        options = {"width": 8, "depth": 1, "parts": True}
+        model = dj.models.create(name, mesh=mesh, rngs=nnx.Rngs(0), **options)
+    else:
+        model = dj.distribute(MODELS[name](rngs=nnx.Rngs(0)), mesh, images)
+    frozen = dj.freeze(model, images)
+    flops = dj.plan.share(frozen, 0).lower(images).cost_analysis()["flops"]
+    assert flops / 2 == pytest.approx(frozen.plan.macs_per_node, rel=0.3)
 
 
 def test_profile_measures_every_link_and_exchange():

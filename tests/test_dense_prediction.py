@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import close, meshes, random_masks, randomize
 
 import disco_jax as dj
+from disco_jax.plan.share import share
 from disco_jax.trace import modules
 
 CASES = {
@@ -85,7 +86,9 @@ def test_an_auxiliary_head_is_for_training_alone(tmp_path):
     frozen = [dj.freeze(model, images, wire_dtype="int8") for model in (plain, helped)]
     assert frozen[0].plan.traffic_bytes == frozen[1].plan.traffic_bytes
     frozen[1].save(tmp_path / "packed")
-    close(dj.load(tmp_path / "packed", mesh)(images), frozen[1](images), 0)
+    loaded = dj.load(tmp_path / "packed", mesh)
+    close(loaded(images), frozen[1](images), 0)
+    share(loaded, 0)(images)  # whose dropout has a state
     helped.train()
     main, side = helped(images)
     assert main.shape == side.shape == (*shape[:3], 6)

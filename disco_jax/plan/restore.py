@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -82,6 +83,8 @@ def _packed_model(plan: CommunicationPlan, build: Callable[[NodeMesh], nnx.Modul
     """The structure alone: nothing is computed or held but what the exchanges need."""
     emulated = NodeMesh(plan.nodes, emulate=True, devices=jax.local_devices())
     model = nnx.eval_shape(lambda: build(emulated))
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
+        variable.set_value(_any_state(variable.get_value()))
     dtypes = {e.path: e.wire_dtype for e in plan.exchanges}
     scales = {
         path: np.zeros((2, exchange.channels), np.float32)
@@ -90,6 +93,13 @@ def _packed_model(plan: CommunicationPlan, build: Callable[[NodeMesh], nnx.Modul
     }
     replace_exchanges(model, {e.path: e.hops for e in plan.exchanges}, dtypes, scales)
     return model
+
+
+def _any_state(spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Of a random number generator: none is saved, for a packed model draws nothing."""
+    if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), spec.shape)
+    return jnp.zeros(spec.shape, spec.dtype)
 
 
 def _nodes_here(mesh: NodeMesh) -> list[int]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from disco_jax import wire
-from disco_jax.exchange import Reader
+from disco_jax.exchange import Local, Parts, Reader
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.packed import PackedExchange
 from disco_jax.plan.frozen import Frozen, Program
@@ -69,6 +69,8 @@ def share(frozen: Frozen, node: int) -> Program:
         for variable in vars(module).values():
             if isinstance(variable, nnx.Variable) and not isinstance(module, Loopback):
                 variable.set_value(_cut(variable[...], node, nodes, mesh or frozen.mesh))
+        if isinstance(module, Local | Parts):
+            module.channels //= nodes  # its own are all that there are
         if mesh is not None:
             module.mesh = alone
     return Program(model)
