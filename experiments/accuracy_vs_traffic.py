@@ -168,13 +168,12 @@ def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
 
 def density(run: Run, config: ConfigDict, dense: int) -> float:
     """That meets the budget: what no mask thins (statistics of norms, results) comes first."""
-    exchanges, whole = dense_plan(config).exchanges, 0
-    if run.model == "resnet20":  # of which these are the logits, a five-thousandth at most
-        masked = dense
-    else:
+    share = 1 / run.times_less
+    if run.model != "resnet20":  # of which only the logits are so, a five-thousandth at most
+        exchanges = dense_plan(config).exchanges
         whole = sum(e.traffic_bytes(run.nodes) for e in exchanges if e.gathered)
         masked = sum(e.dense_traffic_bytes(run.nodes) for e in exchanges if not e.gathered)
-    share = (dense / run.times_less - whole) / masked
+        share = (dense * share - whole) / masked
     return min(1.0, 32 / wire.BITS[config.wire_dtype] * share)
 
 
