@@ -25,12 +25,19 @@ DENSE: dict[str, dict[str, Any]] = {
     "0.2 int8": {"density": 0.2, "wire_dtype": "int8"},
 }
 BEST = "planned"
+RESULT = {"result_dtype": "float16"}
+# How results travel in a best way.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "resnet50": {},
+    "ssd300": RESULT,
+    "deeplabv3_resnet50": RESULT,
+    "edsr": {**RESULT, "parts": True},
+}
 # What is measured of each network: our ways first.
-WAYS = {network: {**DENSE, BEST: {"planned": ms}} for network, ms in MILLISECONDS.items()}
-# What a best way also changes in the network: how results travel.
-for network in ("ssd300", "deeplabv3_resnet50", "edsr"):
-    WAYS[network][BEST]["options"] = {"result_dtype": "float16"}
-WAYS["edsr"][BEST]["options"]["parts"] = True
+WAYS = {
+    network: {**DENSE, BEST: {"planned": ms, "options": OPTIONS[network]}}
+    for network, ms in MILLISECONDS.items()
+}
 WAYS["deit_s"] = DENSE
 ALONE, ROWS, ONNX, MEGATRON = "one host", "rows", "one host, ONNX Runtime", "Megatron"
 RIVALS = dict.fromkeys(MILLISECONDS, (ALONE,))

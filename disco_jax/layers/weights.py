@@ -9,7 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from disco_jax.errors import require
-from disco_jax.exchange import Exchange, Local, Parts, Reader
+from disco_jax.exchange import Exchange, Local, Reader
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import pad_axis
 from disco_jax.readable import Operation, Readable, note
@@ -94,7 +94,7 @@ def apply_weights(
     )
     bias = None if layer.bias is None else layer.bias[...]
     x, kernel, bias = promote_dtype((readable.values, layer.kernel[...], bias), dtype=layer.dtype)
-    if isinstance(layer.exchange, Parts) and readable.packed:
+    if layer.exchange.split_axis == -2 and readable.packed:
         kernel, bias = _parts(kernel, bias, layer.mesh.nodes)
     y = readable.replace(x).apply(op, kernel)
     y = y if bias is None else y + bias
