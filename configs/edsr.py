@@ -30,7 +30,6 @@ def get_config(variant: str = "samples"):
     c.data.train_transforms = ("random_patch", "dihedral", "degrade")
     c.data.eval_transforms = ("degrade",)
     c.batch_size, c.eval_batch_size = 16, 1
-    c.sparse.calibration_images = 16
     c.optimizer.update(name="adamw", weight_decay=0.0, warmup_epochs=0.0)
     c.data.repeat = 800  # patches of each photograph in an epoch
     c.dense.update(epochs=10.0, learning_rate=2e-3)
@@ -47,5 +46,6 @@ def get_config(variant: str = "samples"):
         c.data.update(source="tfds_photos:div2k/bicubic_x2", size=48, repeat=22)
         c.dense.update(epochs=300.0, learning_rate=1e-4)
         c.sparse.update(epochs=75.0, learning_rate=5e-5, mask_share=0.5, every=100)
+        c.sparse.calibration_images = 128  # patches, each of them four times the others' size
         c.checkpoint.every_epochs = 5.0
     return c

@@ -39,11 +39,12 @@ class Reader(nnx.Module):
 
     Attributes:
       channels: number of channels of the input, dead ones included.
-      split_axis: of a kernel that reads it, the axis whose entries the nodes share.
+      split_axis: of a kernel that reads it, the axis whose entries the nodes share; None where all
+        of them hold all of it.
       name: the path within a model, once ``trace.name_exchanges`` has given one.
     """
 
-    split_axis = -1  # output channels
+    split_axis: int | None = -1  # output channels
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
         self.features = features

@@ -246,7 +246,7 @@ class Job:
         with self.timed("freeze"):
             asked = None if self.config.sparse.quantise else self.recipe.wire_dtype
             integers = any(map(wire.calibrated, self.recipe.wires.values()))
-            images = self.calibration()[0] if integers else self.images
+            images = np.concatenate(self.calibration()) if integers else self.images
             frozen = plan.freeze(self.model, images, wire_dtype=asked)
             (self.workdir / "plan.json").write_text(frozen.plan.to_json())
         if not self.mesh.emulated:

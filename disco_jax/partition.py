@@ -70,6 +70,12 @@ def activation_spec(ndim: int, mesh: NodeMesh) -> P:
     return P(*batch_spec(ndim - 1, mesh), NODE)
 
 
+def row_spec(ndim: int, mesh: NodeMesh) -> P:
+    """Batch split over ``data``, rows (the second axis) over ``node``."""
+    batch, _, *rest = batch_spec(ndim, mesh)
+    return P(batch, NODE, *rest)
+
+
 def batch_spec(ndim: int, mesh: NodeMesh) -> P:
     """Batch split over ``data``; every node holds all channels.
 

@@ -10,14 +10,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Shaped
 
+from disco_jax.bands import Reads, Window
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.partition import activation_spec, batch_spec, check_batch, kernel_spec
+from disco_jax.partition import activation_spec, batch_spec, check_batch, kernel_spec, row_spec
 
-Operation = Callable[[Float[Array, "b ... r"], Float[Array, "... r o"]], Float[Array, "b ... o"]]
+Compute = Callable[[Float[Array, "b ... r"], Float[Array, "... r o"]], Float[Array, "b ... o"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What a layer computes on a node, which is blind to where it runs.
+
+    Attributes:
+      run: ``[b, ..., r]`` and a kernel ``[..., r, o]`` to ``[b, ..., o]``.
+      window: what it reads along the first spatial axis, given that axis's length.
+      of_rows: ``run`` for an input that has its rows of padding; None: the same.
+    """
+
+    run: Compute
+    window: Callable[[int], Window] = lambda height: Window()
+    of_rows: Compute | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -58,16 +75,15 @@ class Readable:
     def apply(self, op: Operation, kernel: Float[Array, "..."]) -> Float[Array, "b ... c_out"]:
         """The local operation: every node computes its ``c_out/n`` outputs from what it reads.
 
-        ``op`` maps a node's ``[b, ..., r]`` and ``[..., r, o]`` to ``[b, ..., o]`` and is blind to
-        where it runs. Returns owned channels ``[b, ..., n*o]``.
+        Returns owned channels ``[b, ..., n*o]``.
         """
         if self.mesh.distributed:
-            return self._apply_on_nodes(op, kernel)
+            return self._apply_on_nodes(op.run, kernel)
         if self.packed:
-            return self._apply_stacked(op, kernel)
-        return op(self.values, _gated(kernel, self.gate, self.reach))
+            return self._apply_stacked(op.run, kernel)
+        return op.run(self.values, _gated(kernel, self.gate, self.reach))
 
-    def _apply_on_nodes(self, op: Operation, kernel: Array) -> Array:
+    def _apply_on_nodes(self, op: Compute, kernel: Array) -> Array:
         check_batch(self.values, self.mesh)
         ndim = self.values.ndim
 
@@ -93,10 +109,48 @@ class Readable:
             out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
         )(self.values, self.received, kernel, self.gate, self.reach)
 
-    def _apply_stacked(self, op: Operation, kernel: Array) -> Array:
+    def _apply_stacked(self, op: Compute, kernel: Array) -> Array:
         # One call a node: a vmapped convolution is a grouped one, for which CPUs have no fast code.
         blocks = jnp.split(self.values, self.mesh.nodes, axis=-1)
         return jnp.concatenate([op(x, k) for x, k in zip(blocks, kernel, strict=True)], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadableRows(Readable):
+    """The result of an exchange of rows: for every node a block of them, with all channels.
+
+    Attributes:
+      values: ``[b, n*count, ..., c]``.
+      height: rows of the map.
+      reads: which of them each node has.
+    """
+
+    height: int = dataclasses.field(default=0, metadata={"static": True})
+    reads: Reads = dataclasses.field(default=Reads((), 0, ()), metadata={"static": True})
+
+    def apply(self, op: Operation, kernel: Any) -> Float[Array, "b rows ... c_out"]:
+        """Every node computes its band of the output, ``[b, n*band, ..., c_out]`` together."""
+        wanted = op.window(self.height).reads(self.height, self.mesh.nodes)
+        starts = np.subtract(wanted.first, self.reads.first)
+        run = op.of_rows or op.run
+
+        def on_node(x: Array, start: Array, kernel: Any) -> Array:
+            return run(lax.dynamic_slice_in_dim(x, start[0], wanted.count, 1), kernel)
+
+        if self.mesh.distributed:
+            spec = row_spec(self.values.ndim, self.mesh)
+            return jax.shard_map(
+                on_node,
+                mesh=self.mesh.jax_mesh,
+                in_specs=(spec, P(NODE), P()),  # [b/data, count, ..., c], [1], all of the kernel
+                out_specs=spec,  # [b/data, band, ..., c_out]
+            )(self.values, jnp.asarray(starts), kernel)
+        blocks = jnp.split(self.values, self.mesh.nodes, axis=1)
+        found = [
+            on_node(x, start, kernel) for x, start in zip(blocks, starts[:, None], strict=True)
+        ]
+        return jnp.concatenate(found, axis=1)
 
 
 def _gated(kernel: Array, gate: Array | None, reach: Array | None) -> Array:

@@ -108,6 +108,20 @@ def test_what_cannot_be_meant_is_refused_before_training(sparse, message, tmp_pa
     assert not list(tmp_path.glob("checkpoints/*/*"))
 
 
+def test_ranges_come_from_all_calibration_images(tmp_path):
+    """Not from the first batch alone."""
+    c = config(calibration_images=120)
+    c.eval_batch_size, c.wire_dtype = 40, "int8"
+    job = Job(c, tmp_path)
+    found = job.freeze().model.blocks[0].exchange.scale[...]
+    images = job.calibration()
+    assert [len(batch) for batch in images] == [40, 40, 40]
+    for some, same in ((images, True), (images[:1], False)):
+        frozen = dj.freeze(job.model, np.concatenate(some), wire_dtype="int8")
+        expected = frozen.model.blocks[0].exchange.scale[...]
+        assert np.array_equal(found, expected) == same
+
+
 def test_dense_weights_from_a_file_start_on_any_number_of_nodes(tmp_path):
     path = tmp_path / "dense.safetensors"
     mesh = dj.NodeMesh(1, emulate=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from disco_jax.bands import Window
 from disco_jax.errors import require
 from disco_jax.exchange import Reader
 from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
 from disco_jax.partition import pad_axis
-from disco_jax.readable import Readable
+from disco_jax.readable import Operation, Readable
 
-Window = int | Sequence[int]
+Sizes = int | Sequence[int]
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 
@@ -47,8 +49,8 @@ class Conv(nnx.Conv):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: Window,
-        strides: Window = 1,
+        kernel_size: Sizes,
+        strides: Sizes = 1,
         *,
         mesh: NodeMesh | None = None,
         exchange: Reader | None = None,
@@ -92,10 +94,15 @@ class Conv(nnx.Conv):
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b *s c_in"] | Readable
     ) -> Float[Array, "b *s c_out"]:
-        return apply_weights(self, inputs, self._convolve)
+        of_rows = partial(self._convolve, padded_rows=True)
+        return apply_weights(self, inputs, Operation(self._convolve, self._rows, of_rows))
 
     def _convolve(
-        self, x: Float[Array, "b *s r"], kernel: Float[Array, "*k r_per_group o"]
+        self,
+        x: Float[Array, "b *s r"],
+        kernel: Float[Array, "*k r_per_group o"],
+        *,
+        padded_rows: bool = False,
     ) -> Float[Array, "b *s o"]:
         """What one node computes; the number of its groups follows from the shapes."""
         rank = len(self.kernel_size)
@@ -107,6 +114,8 @@ class Conv(nnx.Conv):
         dilation = _windows(self.kernel_dilation, rank)
         strides = _windows(self.strides, rank)
         x, padding = pad_input(x, self.padding, self.kernel_size, dilation)
+        if padded_rows:
+            padding = [(0, 0), *self._sides(x.shape[1:-1], padding)[1:]]
         if self._pointwise(padding) and x.shape[-1] == kernel.shape[-2]:
             every = (slice(None), *(slice(None, None, s) for s in strides))
             matrix = kernel.reshape(kernel.shape[-2:])
@@ -127,6 +136,33 @@ class Conv(nnx.Conv):
             precision=self.precision,
         )
 
+    def _rows(self, height: int) -> Window:
+        """What it reads along the first spatial axis.
+
+        Raises:
+          DiscoError: if the padding or a dilation of the input has no rows of zeros alone.
+        """
+        plain = not isinstance(self.padding, str) or self.padding.upper() in ("SAME", "VALID")
+        rank = len(self.kernel_size)
+        require(
+            plain and self.input_dilation in (None, 1, (1,) * rank),
+            f"`padding` (={self.padding!r}) with `input_dilation` (={self.input_dilation}) cannot "
+            "be split by rows; split the layer by channels",
+        )
+        sides = self._sides((height,) * rank, self.padding)
+        size = (self.kernel_size[0] - 1) * _windows(self.kernel_dilation, rank)[0] + 1
+        return Window(size, _windows(self.strides, rank)[0], *sides[0])
+
+    def _sides(self, shape: Sequence[int], padding: Padding) -> list[tuple[int, int]]:
+        """Flax's padding as zeros before and after each axis."""
+        rank = len(self.kernel_size)
+        dilation, strides = _windows(self.kernel_dilation, rank), _windows(self.strides, rank)
+        _, sides = pad_input(jnp.zeros(()), padding, self.kernel_size, dilation)
+        if not isinstance(sides, str):
+            return sides
+        windows = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True)]
+        return lax.padtype_to_pads(shape, windows, strides, sides)
+
     def _pointwise(self, padding: str | list[tuple[int, int]]) -> bool:
         """Whether it is a product with a matrix, which CPUs do faster than a convolution."""
         alone = all(k == 1 for k in self.kernel_size)
@@ -134,7 +170,7 @@ class Conv(nnx.Conv):
         return alone and plain and self.input_dilation in (None, 1, (1,) * len(self.kernel_size))
 
 
-def _windows(value: Window | None, rank: int) -> tuple[int, ...]:
+def _windows(value: Sizes | None, rank: int) -> tuple[int, ...]:
     return (value or 1,) * rank if isinstance(value, int) or value is None else tuple(value)
 
 

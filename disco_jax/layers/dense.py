@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from disco_jax.exchange import Reader
 from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
-from disco_jax.readable import Readable
+from disco_jax.readable import Operation, Readable
 
 
 class Dense(nnx.Linear):
@@ -56,7 +56,7 @@ class Dense(nnx.Linear):
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b ... c_in"] | Readable
     ) -> Float[Array, "b ... c_out"]:
-        return apply_weights(self, inputs, self._multiply)
+        return apply_weights(self, inputs, Operation(self._multiply))
 
     def _multiply(
         self, x: Float[Array, "b ... r"], kernel: Float[Array, "r o"]
