@@ -7,7 +7,7 @@ from disco_jax.gather import Everywhere, Gather, Statistics, Sum
 from disco_jax.interop import Distributed, distribute
 from disco_jax.mesh import NodeMesh
 from disco_jax.packed import PackedExchange
-from disco_jax.plan import CommunicationPlan, Frozen, freeze, load, lower, verify
+from disco_jax.plan import CommunicationPlan, Frozen, freeze, load, lower, split, verify
 from disco_jax.readable import Readable
 from disco_jax.trace import name_exchanges, trace
 from disco_jax.version import __version__
@@ -42,6 +42,7 @@ __all__ = [
     "plan",
     "runtime",
     "sparsify",
+    "split",
     "trace",
     "verify",
 ]

@@ -11,23 +11,24 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """A map of ``height`` rows shared by ``nodes``: bands of equal size, node 0 at the top.
+    """A map of ``height`` rows shared by ``nodes``: bands of ``size`` rows, node 0 at the top.
 
     The last bands may lack rows, or have none; they are filled up with dead rows, so that an array
     has ``nodes * size`` of them. What dead rows hold means nothing, and nobody reads it.
 
-    >>> bands = Bands(height=5, nodes=4)
+    >>> bands = Bands.equal(height=5, nodes=4)
     >>> bands.size, [list(bands.rows(node)) for node in range(4)]
     (2, [[0, 1], [2, 3], [4], []])
     """
 
     height: int
     nodes: int
+    size: int
 
-    @property
-    def size(self) -> int:
-        """Rows of a band, dead ones included."""
-        return -(-self.height // self.nodes)
+    @classmethod
+    def equal(cls, height: int, nodes: int) -> Bands:
+        """As few dead rows as there can be."""
+        return cls(height, nodes, -(-height // nodes))
 
     def rows(self, node: int) -> range:
         """The living rows that a node owns."""
@@ -95,7 +96,7 @@ class Window:
 
     def reads(self, height: int, nodes: int) -> Reads:
         """The rows that every node reads for its band of the output."""
-        out = Bands(self.outputs(height), nodes)
+        out = Bands.equal(self.outputs(height), nodes)
         first = tuple(node * out.size * self.stride - self.low for node in range(nodes))
         needed = []
         for node in range(nodes):
@@ -111,7 +112,7 @@ def row_messages(bands: Bands, reads: Reads, offset: int) -> tuple[tuple[int, ..
 
     They are counted from its own first row.
 
-    >>> bands = Bands(8, 2)
+    >>> bands = Bands.equal(8, 2)
     >>> row_messages(bands, Window(3, 1, 1, 1).reads(8, 2), 1)
     ((3,), (0,))
     """
@@ -130,7 +131,7 @@ def block_rows(
     ``hops`` are ``(offset, rows sent by each node)`` as :func:`row_messages` gives them. A row that
     is nowhere, since it is padding or is not needed, has the index behind the last.
 
-    >>> bands, reads = Bands(4, 2), Window(3, 1, 1, 1).reads(4, 2)
+    >>> bands, reads = Bands.equal(4, 2), Window(3, 1, 1, 1).reads(4, 2)
     >>> block_rows(bands, reads, [(1, row_messages(bands, reads, 1))]).tolist()
     [[3, 0, 1, 2], [2, 0, 1, 3]]
     """

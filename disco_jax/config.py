@@ -83,6 +83,9 @@ def defaults() -> ConfigDict:
     c.sparse.distill = ConfigDict({"weight": 0.0, "temperature": 4.0, "features": 0.0})
     c.wire_dtype = config_dict.placeholder(str)  # None: send what is computed
     c.wire_rules = ()  # (pattern of exchange paths, wire dtype), before wire_dtype
+    # Patterns of the layers that are split by rows and not by channels, and what rows travel in.
+    c.rows = ()
+    c.row_dtype = config_dict.placeholder(str)  # None: what is computed
     c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
     return c
 

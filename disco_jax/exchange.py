@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.partition import activation_spec, check_batch, owned, padded
+from disco_jax.partition import activation_spec, batch_spec, check_batch, owned, padded
 from disco_jax.readable import Readable, note
 
 
@@ -45,6 +45,7 @@ class Reader(nnx.Module):
     """
 
     split_axis: int | None = -1  # output channels
+    repeats = False  # whether every node computes all outputs
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
         self.features = features
@@ -81,6 +82,31 @@ class Replicated(Reader):
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)
         return Readable(x, self.mesh, split=False, source=id(self))
+
+
+class Exact(Reader):
+    """What a layer reads that is split by rows, or computed by every node: all of it, no mask.
+
+    In training, where a layer is the plain one; ``freeze`` puts in its place what brings a node
+    the rows that it reads.
+
+    Attributes:
+      like: what the layer read before.
+      target: ``"rows"`` or ``"replicated"``, what the layer's output is split along.
+    """
+
+    def __init__(self, like: Reader, target: str):
+        super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
+        self.channels, self.name = like.channels, like.name
+        self.own, self.target = isinstance(like, Local), target
+        self.whole = isinstance(like, Parts)  # the outputs, which the nodes need not share equally
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        if self.mesh.distributed and not self.own:
+            whole = self.mesh.sharding(*batch_spec(x.ndim, self.mesh))
+            x = lax.with_sharding_constraint(x, whole)
+        return Readable(x, self.mesh, split=self.own, repeated=self.whole, source=id(self))
 
 
 class Local(Reader):
@@ -124,10 +150,12 @@ class Exchange(Reader):
         have if they were read, so that a dropped pair can return.
       wire_dtype: what remote channels are rounded to, as on the wire; None rounds nothing.
       scale: ``float32[2, channel]`` where the wire dtype needs one.
+      from_rows: whether the map is split by rows, so that own channels arrive as others do.
     """
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
         super().__init__(features, mesh=mesh, pad=pad, unit=unit)
+        self.from_rows = False
         self.mask = Mask(mesh.put(self.full_mask()))
         self.gate: nnx.Module | None = nnx.data(None)
         self.dense_gradient = False
@@ -201,7 +229,7 @@ class Exchange(Reader):
         """Own channels are read as they were computed, remote ones as they arrive."""
         if self.wire_dtype is None:
             return gate
-        own = owned(self.channels, self.mesh.nodes)
+        own = owned(self.channels, self.mesh.nodes) & (not self.from_rows)
         return jnp.concatenate([gate * own, gate * ~own], -1)
 
     @property

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
 from disco_jax import wire
+from disco_jax.bands import Bands
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.partition import activation_spec, padded
+from disco_jax.partition import activation_spec, batch_spec, padded, row_spec
 from disco_jax.readable import note
 
 
@@ -23,12 +24,24 @@ class AllGather(nnx.Module):
     """An exchange without a mask: every node sends ``width`` numbers per position to all others.
 
     Subclasses say which; both lives, masked and packed, use it as it is.
+
+    Attributes:
+      bands: where what is gathered is split by rows, its rows.
     """
 
     def __init__(self, width: int, *, mesh: NodeMesh):
         self.width = width
         self.mesh = mesh
         self.name: str | None = None
+        self.bands: Bands | None = None
+
+    def _all_rows(
+        self, x: Float[Array, "b rows ... c"], bands: Bands, wire_dtype: str | None
+    ) -> Float[Array, "b h ... c"]:
+        if self.mesh.nodes > 1:
+            note(self, x)
+            x = everywhere(x, self.mesh, wire_dtype, axis=1)
+        return x[:, : bands.height]
 
 
 class Gather(AllGather):
@@ -49,10 +62,14 @@ class Gather(AllGather):
         wire_dtype: str | None = None,
     ):
         self.features, self.always = features, always
-        self.wire_dtype = _floating(wire_dtype)
+        self.wire_dtype = floating(wire_dtype)
         super().__init__(padded(features, mesh.nodes, pad=True) // mesh.nodes, mesh=mesh)
 
     def __call__(self, x: Float[Array, "b ... padded"]) -> Float[Array, "b ... c"]:
+        if self.bands is not None:
+            stays = x.shape[1] == self.bands.height and not self.always
+            y = x if stays else self._all_rows(x, self.bands, self.wire_dtype)
+            return y[..., : self.features]
         whole = x.shape[-1] == self.features
         if self.mesh.nodes == 1 or (whole and not self.always):
             return x
@@ -64,15 +81,26 @@ class Sum(AllGather):
     """Gives every node the sum of what the nodes computed: ``[b, ..., n*c] -> [b, ..., c]``.
 
     The way out for a layer that reads :class:`disco_jax.exchange.Parts`. In ``wire_dtype`` each
-    part is read as it arrives, by its owner too; the sum is what is computed in.
+    part is read as it arrives, by its owner too; the sum is what is computed in. Where that layer
+    is split by rows, there are no parts but rows. ``for_rows``: no split by channels would need it.
     """
 
-    def __init__(self, features: int, *, mesh: NodeMesh, wire_dtype: str | None = None):
-        self.features, self.wire_dtype = features, _floating(wire_dtype)
+    def __init__(
+        self,
+        features: int,
+        *,
+        mesh: NodeMesh,
+        wire_dtype: str | None = None,
+        for_rows: bool = False,
+    ):
+        self.features, self.wire_dtype = features, floating(wire_dtype)
+        self.for_rows = for_rows
         super().__init__(features, mesh=mesh)
 
     def __call__(self, x: Float[Array, "b ... parts"]) -> Float[Array, "b ... c"]:
-        if self.mesh.nodes == 1:
+        if self.bands is not None:
+            return self._all_rows(x, self.bands, self.wire_dtype)
+        if self.mesh.nodes == 1 or x.shape[-1] == self.features:
             return x
         note(self, x)
         x = everywhere(x, self.mesh, self.wire_dtype)
@@ -126,26 +154,27 @@ class Statistics(AllGather):
 
 
 def everywhere(
-    x: Float[Array, "b ... c"], mesh: NodeMesh, wire_dtype: str | None = None
+    x: Float[Array, "b ... c"], mesh: NodeMesh, wire_dtype: str | None = None, *, axis: int = -1
 ) -> Float[Array, "b ... c"]:
-    """Gives every node the channels of all, as they arrive in ``wire_dtype``.
+    """Gives every node the channels of all, or along ``axis`` 1 the rows, as they arrive.
 
     The gradient passes through the rounding as if there were none.
     """
     dtype = wire_dtype or str(x.dtype)
     if not mesh.distributed:
         return x if dtype == x.dtype else wire.rounded(x, dtype, None)
-    spec = activation_spec(x.ndim, mesh)
     return jax.shard_map(
-        lambda x: jnp.reshape(jnp.moveaxis(_all_gather(x, dtype), 0, -2), (*x.shape[:-1], -1)),
+        lambda x: jnp.concatenate([*_all_gather(x, dtype)], axis),
         mesh=mesh.jax_mesh,
-        in_specs=spec,  # [b/data, ..., c/n]
-        out_specs=P(*spec[:-1]),  # [b/data, ..., c], the same on every node
+        # [b/data, ..., c/n] or [b/data, band, ...]
+        in_specs=(activation_spec if axis == -1 else row_spec)(x.ndim, mesh),
+        out_specs=batch_spec(x.ndim, mesh),  # [b/data, ..., c], the same on every node
         check_vma=False,  # which the checker cannot infer
     )(x)
 
 
-def _floating(wire_dtype: str | None) -> str | None:
+def floating(wire_dtype: str | None) -> str | None:
+    """Returns a wire dtype that needs no range, else raises a DiscoError."""
     require(
         wire_dtype is None or not wire.calibrated(wire.check_wire_dtype(wire_dtype)),
         f"`wire_dtype` (={wire_dtype!r}) of a result must be a floating dtype, for integers "

@@ -67,6 +67,8 @@ class Job:
         self.images = jax.ShapeDtypeStruct(
             (config.data_parallel, data.size, data.size, len(data.mean)), np.float32
         )
+        if config.rows:
+            plan.split(self.model, self.images, config.rows, wire_dtype=config.row_dtype)
         self.recipe = recipes.Recipe(
             config.sparse, self.model, self.images, settings.wire_dtype(config)
         )
@@ -241,6 +243,16 @@ class Job:
             run = partial(self_ensemble, run)
         return evaluate(self.task, run, source, self.eval_preprocess, size, mesh=self.mesh)
 
+    def check_packed(self) -> None:
+        """Refuses to pack what could not run on the images to come, before anything is trained."""
+        config = self.config
+        require(
+            config.data.eval_size != 0 or not config.rows,
+            f"`rows` (={tuple(config.rows)}) are planned for images of one size, but "
+            "`data.eval_size` (=0) takes every image as it is; set --config.data.eval_size, or no "
+            "rows",
+        )
+
     def freeze(self) -> plan.Frozen:
         """Packs the model for one device per node, and writes ``plan.json``."""
         with self.timed("freeze"):
@@ -256,6 +268,7 @@ class Job:
 
     def run_all(self) -> None:
         """Dense training, masks, the metric of both, the packed model, the report."""
+        self.check_packed()
         found = {}
         self.train("dense")
         dense = plan.Program(nnx.clone(self.model))
@@ -297,6 +310,7 @@ class Job:
 
     def run_freeze(self) -> None:
         """Saves the packed model for ``--mode=serve``, and prints the plan."""
+        self.check_packed()
         self.restore("sparse")
         frozen = self.freeze()
         frozen.save(self.workdir / artifact.PACKED, replace=True)
@@ -304,6 +318,7 @@ class Job:
 
     def run_infer(self) -> None:
         """Runs the packed model on the test split."""
+        self.check_packed()
         self.restore("sparse")
         frozen = self.freeze()
         with self.timed("infer"):

@@ -50,6 +50,19 @@ class Hop:
         return np.array([(*s, *[0] * (self.width - len(s))) for s in self.sends], np.int32)
 
 
+def split_hops(hops: tuple[Hop, ...], most: int) -> tuple[Hop, ...]:
+    """The same messages in pieces of at most ``most`` channels.
+
+    >>> split_hops((Hop(1, ((), (0, 1, 2))),), 2)
+    (Hop(offset=1, sends=((), (0, 1))), Hop(offset=1, sends=((), (2,))))
+    """
+    return tuple(
+        Hop(hop.offset, tuple(sent[i : i + most] for sent in hop.sends))
+        for hop in hops
+        for i in range(0, hop.width, most)
+    )
+
+
 def received_channels(hops: tuple[Hop, ...], nodes: int, block: int) -> Int[np.ndarray, "n m"]:
     """The global index of every channel that each node receives, -1 where a slot is fill.
 

@@ -33,7 +33,7 @@ class Operation:
     """
 
     run: Compute
-    window: Callable[[int], Window] = lambda height: Window()
+    window: Callable[[int], Window]
     of_rows: Compute | None = None
 
 
@@ -55,6 +55,7 @@ class Readable:
       reach: ``[n, r]``, weights that get the gradient that they would have if they were read; None:
         those that are read.
       packed: whether the kernels that read this have a leading node axis ``[n, ..., r, o]``.
+      repeated: whether every node computes all outputs, with the whole kernel.
       source: identity of the exchange that made it; its mask is the one that counts.
     """
 
@@ -65,6 +66,7 @@ class Readable:
     split: bool = dataclasses.field(default=True, metadata={"static": True})
     reach: Bool[Array, "n r"] | None = None
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    repeated: bool = dataclasses.field(default=False, metadata={"static": True})
     source: int = dataclasses.field(default=0, metadata={"static": True})
 
     def replace(self, values: Float[Array, "b ... c"]) -> Readable:
@@ -86,6 +88,7 @@ class Readable:
     def _apply_on_nodes(self, op: Compute, kernel: Array) -> Array:
         check_batch(self.values, self.mesh)
         ndim = self.values.ndim
+        owned, whole = activation_spec(ndim, self.mesh), batch_spec(ndim, self.mesh)
 
         def on_node(x: Array, received: Array | None, kernel: Array, *gates: Any) -> Array:
             kernel = _gated(kernel[0] if self.packed else kernel, *gates)
@@ -98,16 +101,19 @@ class Readable:
             on_node,
             mesh=self.mesh.jax_mesh,
             in_specs=(
-                activation_spec(ndim, self.mesh)
-                if self.split
-                else batch_spec(ndim, self.mesh),  # [b/data, ..., r]
-                activation_spec(ndim, self.mesh),  # [b/data, ..., m]
-                P(NODE) if self.packed else kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n]
+                owned if self.split else whole,  # [b/data, ..., r]
+                owned,  # [b/data, ..., m]
+                self._kernel_spec(kernel.ndim),  # [(1,) ..., r, c_out/n], repeated [..., r, c_out]
                 P(NODE),  # [1, r]
                 P(NODE),  # [1, r]
             ),
-            out_specs=activation_spec(ndim, self.mesh),  # [b/data, ..., c_out/n]
+            out_specs=whole if self.repeated else owned,  # [b/data, ..., c_out/n] or all of them
         )(self.values, self.received, kernel, self.gate, self.reach)
+
+    def _kernel_spec(self, ndim: int) -> P:
+        if self.repeated:
+            return P()
+        return P(NODE) if self.packed else kernel_spec(ndim)
 
     def _apply_stacked(self, op: Compute, kernel: Array) -> Array:
         # One call a node: a vmapped convolution is a grouped one, for which CPUs have no fast code.
@@ -124,14 +130,16 @@ class ReadableRows(Readable):
       values: ``[b, n*count, ..., c]``.
       height: rows of the map.
       reads: which of them each node has.
+      node: the only one whose block there is; None: all of them.
     """
 
     height: int = dataclasses.field(default=0, metadata={"static": True})
     reads: Reads = dataclasses.field(default=Reads((), 0, ()), metadata={"static": True})
+    node: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def apply(self, op: Operation, kernel: Any) -> Float[Array, "b rows ... c_out"]:
         """Every node computes its band of the output, ``[b, n*band, ..., c_out]`` together."""
-        wanted = op.window(self.height).reads(self.height, self.mesh.nodes)
+        wanted = op.window(self.height).reads(self.height, len(self.reads.first))
         starts = np.subtract(wanted.first, self.reads.first)
         run = op.of_rows or op.run
 
@@ -146,6 +154,8 @@ class ReadableRows(Readable):
                 in_specs=(spec, P(NODE), P()),  # [b/data, count, ..., c], [1], all of the kernel
                 out_specs=spec,  # [b/data, band, ..., c_out]
             )(self.values, jnp.asarray(starts), kernel)
+        if self.node is not None:
+            return on_node(self.values, jnp.asarray(starts[self.node :]), kernel)
         blocks = jnp.split(self.values, self.mesh.nodes, axis=1)
         found = [
             on_node(x, start, kernel) for x, start in zip(blocks, starts[:, None], strict=True)

@@ -109,9 +109,9 @@ class Recipe:
     def transform(
         self, inner: optax.GradientTransformation, steps: int
     ) -> optax.GradientTransformation:
-        """The optimiser that carries the masks; behind gates these are final already."""
+        """The optimiser that carries the masks; behind gates, or without masks, there is none."""
         c = self.config
-        if self.gated:
+        if self.gated or not exchanges(self.model):
             return inner
         return sparsify.sparse_exchange(
             inner,

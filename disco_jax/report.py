@@ -72,7 +72,7 @@ def _row(plan: CommunicationPlan, path: str) -> dict[str, Any]:
         "exchange": path,
         "consumers": [layer.path for layer in layers],
         "traffic_bytes": sum(e.traffic_bytes(plan.nodes) for e in moved),
-        "dense_traffic_bytes": sum(e.dense_traffic_bytes(plan.nodes) for e in moved),
+        "dense_traffic_bytes": sum(e.dense_traffic_bytes for e in moved),
         "macs_per_node": sum(layer.macs for layer in layers),
         "dense_macs_per_node": sum(layer.single_node_macs for layer in layers) // plan.nodes,
         "weight_bytes_per_node": sum(layer.weight_bytes for layer in layers),

@@ -6,24 +6,27 @@ on one node: a node holds all of its weights, and reads its own rows and a few o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from disco_jax import wire
 from disco_jax.bands import Bands, Reads, block_rows, row_messages
-from disco_jax.exchange import Reader, Scale
+from disco_jax.errors import require
+from disco_jax.exchange import Reader
+from disco_jax.gather import floating
 from disco_jax.mesh import NODE
 from disco_jax.packed import Hop
 from disco_jax.partition import activation_spec, batch_spec, owned, row_spec
 from disco_jax.readable import Readable, ReadableRows, note
+
+Move = Callable[[Array, Hop], Array]
 
 
 class RowReader(Reader):
@@ -31,64 +34,84 @@ class RowReader(Reader):
 
     Args:
       like: the reader it replaces.
-      height: rows of the map.
+      bands: the rows of the map, and who owns them where it is split by rows.
       reads: which of them each node reads, all readers of the map together.
       fill: what rows of padding hold.
-      wire_dtype: how rows move; own rows are read as they were computed.
-      scale: lowest value and step of every channel, from ``wire.scale``; for integers.
+      wire_dtype: how rows move; own rows are read as they were computed. None: as computed.
     """
 
+    split = "rows"
     split_axis = None  # every node computes all channels of its rows
 
     def __init__(
         self,
         like: Reader,
-        height: int,
+        bands: Bands,
         reads: Reads,
         *,
         fill: float = 0.0,
-        wire_dtype: str = "float32",
-        scale: Float[np.ndarray, "2 c"] | None = None,
+        wire_dtype: str | None = None,
     ):
         super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
         self.channels = like.channels
         self.name = like.name
-        self.height, self.reads, self.fill = height, reads, fill
-        self.wire_dtype = wire.check_wire_dtype(wire_dtype)
-        self.scale = nnx.data(None if scale is None else Scale(self.mesh.put(scale)))
+        self.bands, self.reads, self.fill = bands, reads, fill
+        self.wire_dtype = floating(wire_dtype)
         self.hops = self._plan()
-
-    @property
-    def bands(self) -> Bands:
-        """Who owns which rows of the map."""
-        return Bands(self.height, self.mesh.nodes)
 
     def _plan(self) -> tuple[Hop, ...]:
         """What moves; of a hop's ``sends`` the numbers are rows, counted from a node's first."""
         raise NotImplementedError
 
-    def _rows(self, x: Float[Array, "b h ... c"]) -> Float[Array, "b n*count ... c"]:
+    def tables(self) -> list[Int[np.ndarray, "n _"]]:
+        """For :meth:`on_node`, a row for each node; what it sends in every hop comes last."""
+        raise NotImplementedError
+
+    def on_node(self, x: Array, tables: Sequence[Array], node: Array | int, move: Move) -> Array:
+        """What one node does: from what it owns to the rows that it reads.
+
+        Args:
+          x: its part of the map.
+          tables: its rows of :meth:`tables`.
+          node: which it is.
+          move: gives away, in a hop, what is encoded, and returns what it was given.
+        """
+        raise NotImplementedError
+
+    def _spec(self, ndim: int) -> P:
+        """How the map lies on the nodes."""
+        raise NotImplementedError
+
+    def _emulated(self, x: Array) -> Array:
         raise NotImplementedError
 
     def __call__(self, x: Float[Array, "b h ... c"]) -> ReadableRows:
         self._check(x)
+        check_rows(self, x, banded=isinstance(self, HaloExchange))
         note(self, x)
+        rows = self._on_nodes(x) if self.mesh.distributed else self._emulated(x)
         return ReadableRows(
-            self._rows(x), self.mesh, source=id(self), height=self.height, reads=self.reads
+            rows, self.mesh, source=id(self), height=self.bands.height, reads=self.reads
         )
 
-    def _move(self, sent: Array, hop: Hop, scale: Array | None) -> Array:
-        """On a node: gives away what it has encoded, returns what it was given."""
-        moved = lax.ppermute(wire.encode(sent, self.wire_dtype, scale), NODE, hop.pairs)
-        return wire.decode(moved, self.wire_dtype, sent, scale)
+    def _on_nodes(self, x: Array) -> Array:
+        return jax.shard_map(
+            lambda x, tables: self.on_node(
+                x, [table[0] for table in tables], lax.axis_index(NODE), permute
+            ),
+            mesh=self.mesh.jax_mesh,
+            in_specs=(self._spec(x.ndim), P(NODE)),  # the node's part, a row of each table
+            out_specs=row_spec(x.ndim, self.mesh),  # [b/data, count, ..., c]
+        )(x, [jnp.asarray(table) for table in self.tables()])
 
-    @property
-    def _scale(self) -> Array | None:
-        return None if self.scale is None else self.scale[...]
-
-    @property
-    def _tables(self) -> list[Array]:
-        return [jnp.asarray(hop.filled()) for hop in self.hops]
+    def _received(self, x: Array, sends: Sequence[Array], move: Move) -> list[Array]:
+        """On a node: what every hop brings."""
+        dtype = self.wire_dtype or str(x.dtype)
+        found = []
+        for hop, rows in zip(self.hops, sends, strict=True):
+            sent = jnp.take(x, rows, axis=1, mode="clip")
+            found.append(wire.decode(move(wire.encode(sent, dtype), hop), dtype, sent))
+        return found
 
     def _outside(self) -> Bool[np.ndarray, "n count"]:
         """The rows of every node's block that it does not need."""
@@ -105,22 +128,38 @@ class RowReader(Reader):
         return jnp.take(x, rows, axis=1, mode="fill", fill_value=self.fill)
 
 
+class Repeated(Reader):
+    """Every node holds the whole input and computes the whole output: nothing moves."""
+
+    split_axis = None
+    repeats = True
+
+    def __init__(self, like: Reader):
+        super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
+        self.channels, self.name = like.channels, like.name
+
+    def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
+        self._check(x)
+        return Readable(x, self.mesh, split=False, repeated=True, source=id(self))
+
+
 class ReplicatedRows(RowReader):
     """Every node holds the whole map, the images say, and reads its rows of it: nothing moves."""
 
     def _plan(self) -> tuple[Hop, ...]:
         return ()
 
-    def _rows(self, x: Float[Array, "b h ... c"]) -> Float[Array, "b n*count ... c"]:
-        table = self._from_top(self.height)
-        if not self.mesh.distributed:
-            return self._take(x, table.reshape(-1))
-        return jax.shard_map(
-            lambda x, rows: self._take(x, rows[0]),
-            mesh=self.mesh.jax_mesh,
-            in_specs=(batch_spec(x.ndim, self.mesh), P(NODE)),  # [b/data, h, ..., c], [1, count]
-            out_specs=row_spec(x.ndim, self.mesh),  # [b/data, count, ..., c]
-        )(x, jnp.asarray(table))
+    def tables(self) -> list[Int[np.ndarray, "n _"]]:
+        return [self._from_top(self.bands.height)]
+
+    def on_node(self, x: Array, tables: Sequence[Array], node: Array | int, move: Move) -> Array:
+        return self._take(x, tables[0])
+
+    def _spec(self, ndim: int) -> P:
+        return batch_spec(ndim, self.mesh)  # [b/data, h, ..., c]
+
+    def _emulated(self, x: Array) -> Array:
+        return self._take(x, self._from_top(self.bands.height).reshape(-1))
 
 
 class HaloExchange(RowReader):
@@ -131,32 +170,22 @@ class HaloExchange(RowReader):
         hops = (Hop(o, row_messages(self.bands, self.reads, o)) for o in offsets)
         return tuple(hop for hop in hops if any(hop.sends))
 
-    def _rows(self, x: Float[Array, "b h ... c"]) -> Float[Array, "b n*count ... c"]:
-        if not self.mesh.distributed:
-            return self._emulated(x)
-        table = block_rows(self.bands, self.reads, [(h.offset, h.sends) for h in self.hops])
-        spec = row_spec(x.ndim, self.mesh)
+    def tables(self) -> list[Int[np.ndarray, "n _"]]:
+        block = block_rows(self.bands, self.reads, [(h.offset, h.sends) for h in self.hops])
+        return [block, *(hop.filled() for hop in self.hops)]
 
-        def on_node(x: Array, sends: list[Array], table: Array, scale: Array | None) -> Array:
-            found = [x]
-            for hop, rows in zip(self.hops, sends, strict=True):
-                sent = jnp.take(x, rows[0], axis=1, mode="clip")
-                found.append(self._move(sent, hop, scale))
-            return self._take(jnp.concatenate(found, 1), table[0])
+    def on_node(self, x: Array, tables: Sequence[Array], node: Array | int, move: Move) -> Array:
+        block, *sends = tables
+        return self._take(jnp.concatenate([x, *self._received(x, sends, move)], 1), block)
 
-        return jax.shard_map(
-            on_node,
-            mesh=self.mesh.jax_mesh,
-            # [b/data, band, ..., c], [1, width] a hop, [1, count], [2, c]
-            in_specs=(spec, P(NODE), P(NODE), P()),
-            out_specs=spec,  # [b/data, count, ..., c]
-        )(x, self._tables, jnp.asarray(table), self._scale)
+    def _spec(self, ndim: int) -> P:
+        return row_spec(ndim, self.mesh)  # [b/data, band, ..., c]
 
     def _emulated(self, x: Array) -> Array:
         rows = self._from_top(2 * x.shape[1])
         own = np.arange(self.mesh.nodes)[:, None]
         remote = ~self._outside() & (rows // self.bands.size != own)
-        both = jnp.concatenate([x, _arrived(x, self.wire_dtype, self._scale)], 1)
+        both = jnp.concatenate([x, arrived(x, self.wire_dtype, None)], 1)
         return self._take(both, (rows + remote * x.shape[1]).reshape(-1))
 
 
@@ -166,6 +195,8 @@ class ChannelsToRows(RowReader):
     ``[b, h, ..., n*c_own]``; all of a node's channels move.
     """
 
+    split = "channels to rows"
+
     def _plan(self) -> tuple[Hop, ...]:
         nodes = range(self.mesh.nodes)
         return tuple(
@@ -173,119 +204,52 @@ class ChannelsToRows(RowReader):
             for offset in nodes[1:]
         )
 
-    def _rows(self, x: Float[Array, "b h ... c"]) -> Float[Array, "b n*count ... c"]:
-        if not self.mesh.distributed:
-            return self._emulated(x)
-        own = self._from_top(self.height)
-        most = max(map(len, self.reads.needed))
+    def tables(self) -> list[Int[np.ndarray, "n _"]]:
+        own = self._from_top(self.bands.height)
         starts = np.array([[needed.start] for needed in self.reads.needed])
-        place = np.where(self._outside(), most, own - starts)
+        received = np.where(self._outside(), max(map(len, self.reads.needed)), own - starts)
+        return [own, received, *(hop.filled() for hop in self.hops)]
 
-        def on_node(x: Array, sends: list[Array], own: Array, place: Array, scale: Any) -> Array:
-            found = [self._take(x, own[0])]
-            for hop, rows in zip(self.hops, sends, strict=True):
-                sent = jnp.take(x, rows[0], axis=1, mode="clip")
-                found.append(self._take(self._move(sent, hop, scale), place[0]))
-            blocks = jnp.moveaxis(_by_source(found), 0, -2)
-            return jnp.reshape(blocks, (*blocks.shape[:-2], -1))
+    def on_node(self, x: Array, tables: Sequence[Array], node: Array | int, move: Move) -> Array:
+        own, place, *sends = tables
+        received = [self._take(y, place) for y in self._received(x, sends, move)]
+        blocks = jnp.moveaxis(by_source([self._take(x, own), *received], node), 0, -2)
+        return jnp.reshape(blocks, (*blocks.shape[:-2], -1))
 
-        return jax.shard_map(
-            on_node,
-            mesh=self.mesh.jax_mesh,
-            # [b/data, h, ..., c/n], [1, width] a hop, [1, count], [1, count], [2, c/n]
-            in_specs=(activation_spec(x.ndim, self.mesh), P(NODE), P(NODE), P(NODE), P(None, NODE)),
-            out_specs=row_spec(x.ndim, self.mesh),  # [b/data, count, ..., c]
-        )(x, self._tables, jnp.asarray(own), jnp.asarray(place), self._scale)
+    def _spec(self, ndim: int) -> P:
+        return activation_spec(ndim, self.mesh)  # [b/data, h, ..., c/n]
 
     def _emulated(self, x: Array) -> Array:
-        rows = self._from_top(self.height).reshape(-1)
-        taken, arrived = (
-            self._take(x, rows),
-            self._take(_arrived(x, self.wire_dtype, self._scale), rows),
-        )
+        rows = self._from_top(self.bands.height).reshape(-1)
+        taken = self._take(x, rows)
+        sent = arrived(taken, self.wire_dtype, None)
         own = owned(self.channels, self.mesh.nodes).repeat(self.reads.count, 0)
-        return jnp.where(own.reshape(len(rows), *[1] * (x.ndim - 3), -1), taken, arrived)
+        return jnp.where(own.reshape(len(rows), *[1] * (x.ndim - 3), -1), taken, sent)
 
 
-class RowsToChannels(Reader):
-    """Every node owns some rows of all channels, and gives others those of the channels they read.
-
-    ``[b, n*band, ..., c]`` to blocks of ``r`` readable channels with all rows, which layers split
-    by channels read. All that a node reads is rounded as on the wire, its own rows as well.
-
-    Args:
-      like: the reader it replaces.
-      height: rows of the map.
-      readable: ``int[node, r]``, global indices of the channels that each node reads, -1 for fill.
-      packed: whether the kernels that read this are packed.
-      wire_dtype: how channels move.
-      scale: lowest value and step of every channel, from ``wire.scale``; for integers.
-    """
-
-    def __init__(
-        self,
-        like: Reader,
-        height: int,
-        readable: Int[np.ndarray, "n r"],
-        *,
-        packed: bool = True,
-        wire_dtype: str = "float32",
-        scale: Float[np.ndarray, "2 c"] | None = None,
-    ):
-        super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
-        self.name = like.name
-        self.height, self.packed = height, packed
-        self.wire_dtype = wire.check_wire_dtype(wire_dtype)
-        self.scale = nnx.data(None if scale is None else Scale(self.mesh.put(scale)))
-        nodes = range(self.mesh.nodes)
-        wanted = tuple(tuple(np.maximum(row, 0).tolist()) for row in readable)
-        self.hops = tuple(
-            Hop(offset, tuple(wanted[(s + offset) % len(nodes)] for s in nodes))
-            for offset in nodes[1:]
-        )
-        self.readable = wanted
-
-    def __call__(self, x: Float[Array, "b h ... c"]) -> Readable:
-        self._check(x)
-        note(self, x)
-        scale = None if self.scale is None else self.scale[...]
-        values = self._permute(x, scale) if self.mesh.distributed else self._emulated(x, scale)
-        return Readable(values, self.mesh, packed=self.packed, source=id(self))
-
-    def _permute(self, x: Array, scale: Array | None) -> Array:
-        def on_node(x: Array, sends: list[Array], own: Array, scale: Array | None) -> Array:
-            def codes(channels: Array) -> Array | None:
-                return None if scale is None else jnp.take(scale, channels, axis=-1)
-
-            back = codes(own[0])
-            found = [_arrived(jnp.take(x, own[0], axis=-1), self.wire_dtype, back)]
-            for hop, table in zip(self.hops, sends, strict=True):
-                sent = jnp.take(x, table[0], axis=-1, mode="clip")
-                moved = wire.encode(sent, self.wire_dtype, codes(table[0]))
-                moved = lax.ppermute(moved, NODE, hop.pairs)
-                found.append(wire.decode(moved, self.wire_dtype, sent, back))
-            rows = jnp.moveaxis(_by_source(found), 0, 1)  # [b, n, band, ..., r]
-            rows = jnp.reshape(rows, (x.shape[0], -1, *rows.shape[3:]))
-            return rows[:, : self.height]
-
-        return jax.shard_map(
-            on_node,
-            mesh=self.mesh.jax_mesh,
-            # [b/data, band, ..., c], [1, r] a hop, [1, r], [2, c]
-            in_specs=(row_spec(x.ndim, self.mesh), P(NODE), P(NODE), P()),
-            out_specs=activation_spec(x.ndim, self.mesh),  # [b/data, h, ..., r]
-        )(x, [jnp.asarray(h.filled()) for h in self.hops], jnp.asarray(self.readable), scale)
-
-    def _emulated(self, x: Array, scale: Array | None) -> Array:
-        arrived = _arrived(x[:, : self.height], self.wire_dtype, scale)
-        return jnp.take(arrived, np.array(self.readable).reshape(-1), axis=-1)
+def check_rows(reader: Any, x: Array, *, banded: bool) -> None:
+    """A plan for bands of rows is for images of one height."""
+    bands = reader.bands
+    rows = bands.size * bands.nodes if banded else bands.height
+    require(
+        x.shape[1] == rows,
+        f"`images` have another height than those that the model was split for: "
+        f"{reader.name or type(reader).__name__} is given {x.shape[1]} rows, not {rows}; "
+        "split and freeze the model for images of this size",
+    )
 
 
-def _arrived(x: Array, wire_dtype: str, scale: Array | None) -> Array:
+def arrived(x: Array, wire_dtype: str | None, scale: Array | None) -> Array:
+    """What is read of what was sent."""
+    wire_dtype = wire_dtype or str(x.dtype)
     return wire.decode(wire.encode(x, wire_dtype, scale), wire_dtype, x, scale)
 
 
-def _by_source(found: Sequence[Array]) -> Array:
+def by_source(found: Sequence[Array], node: Array | int) -> Array:
     """On a node: what each has sent, by node, given what came from 0, 1, ... places before."""
-    source = (lax.axis_index(NODE) - jnp.arange(len(found))) % len(found)
-    return jnp.stack(found)[source]
+    return jnp.stack(found)[(node - jnp.arange(len(found))) % len(found)]
+
+
+def permute(encoded: Array, hop: Hop) -> Array:
+    """On a node: gives away what is encoded, and returns what it was given."""
+    return lax.ppermute(encoded, NODE, hop.pairs)

@@ -28,7 +28,8 @@ def first_match(rules: Sequence[tuple[str, Value]], paths: Sequence[str]) -> dic
                 used.add(i)
                 found[path] = value
                 break
-    unused = [rule[0] for i, rule in enumerate(rules) if i not in used]
+    # Where no exchange has a mask, for all layers are split by rows say, "" is true of all of none.
+    unused = [rule[0] for i, rule in enumerate(rules) if i not in used and (paths or rule[0])]
     require(
         not unused,
         f"`rules` entry {unused[0] if unused else ''!r} is not used: no exchange matches it "

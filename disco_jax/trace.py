@@ -18,6 +18,8 @@ from disco_jax.layers.attention import DotProductAttention
 from disco_jax.layers.weights import note_exchange
 from disco_jax.packed import PackedExchange
 from disco_jax.readable import recording
+from disco_jax.repartition import RowsToChannels
+from disco_jax.rows import RowReader
 
 Images = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -53,7 +55,8 @@ def exchanges(model: nnx.Module) -> dict[str, Exchange]:
 def readers(model: nnx.Module) -> dict[str, list[tuple[str, Any]]]:
     """For each path of a masked or packed exchange the layers ``(path, layer)`` that read it."""
     found = list(modules(model))
-    paths = {id(m): path for path, m in found if isinstance(m, Exchange | PackedExchange)}
+    moving = (Exchange, PackedExchange, RowReader, RowsToChannels)
+    paths = {id(m): path for path, m in found if isinstance(m, moving)}
     layers: dict[str, list[tuple[str, Any]]] = {path: [] for path in paths.values()}
     for path, layer in found:
         reader = getattr(layer, "exchange", None)
@@ -144,7 +147,8 @@ def _records(model: nnx.Module, events: list[tuple[Any, Any]], batch: int) -> Tr
         # Some models fold other axes into that of the batch, windows of tokens say.
         positions = max(1, math.prod(value.shape[:-1]) // batch)
         if hasattr(module, "kernel"):
-            macs = positions * module.kernel.size // module.mesh.nodes
+            sharers = 1 if module.exchange.repeats else module.mesh.nodes
+            macs = positions * module.kernel.size // sharers
             computed.append(LayerRecord(path, paths[id(module.exchange)], positions, macs))
         elif isinstance(module, DotProductAttention):
             macs = module.macs(*value.shape[1:]) // module.mesh.nodes

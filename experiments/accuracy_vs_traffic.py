@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from accuracy_figure import read, show
 from flax import nnx
-from methods import METHODS, PARTS
+from methods import METHODS, PARTS, ROWS
 from ml_collections import ConfigDict
 
 from disco_jax import NodeMesh, cost, models, plan, sparsify, wire
@@ -69,7 +69,7 @@ NETWORKS = {
     "resnet20": Network(
         "resnet20_fashion_mnist:full",
         (8, 16),
-        methods=tuple(m for m, changes in METHODS.items() if not changes.keys() & PARTS.keys()),
+        methods=tuple(m for m, c in METHODS.items() if not c.keys() & PARTS.keys() and c != ROWS),
         epochs={8: 2.0, 16: 1.0},
         rate=0.05,
     ),
@@ -81,7 +81,7 @@ NETWORKS = {
         (16,),
         (2,),
         (5,),
-        ("dense", "none", "random", "uniform l2", "parts in training"),
+        ("dense", "none", "random", "uniform l2", "parts in training", "rows"),
         source="photos:{}/photos",
     ),
 }
@@ -158,6 +158,7 @@ def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
     changes = dict(METHODS[run.method])
     changes.pop("planned", None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
+    c.rows, c.row_dtype = changes.pop("rows", ()), changes.pop("row_dtype", None)
     with c.unlocked():
         for key, value in changes.items():
             section, _, name = key.rpartition(".")
@@ -167,14 +168,21 @@ def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
 
 
 def density(run: Run, config: ConfigDict, dense: int) -> float:
-    """That meets the budget: what no mask thins (statistics of norms, results) comes first."""
-    share = 1 / run.times_less
-    if run.model != "resnet20":  # of which only the logits are so, a five-thousandth at most
-        exchanges = dense_plan(config).exchanges
-        whole = sum(e.traffic_bytes(run.nodes) for e in exchanges if e.gathered)
-        masked = sum(e.dense_traffic_bytes(run.nodes) for e in exchanges if not e.gathered)
-        share = (dense * share - whole) / masked
-    return min(1.0, 32 / wire.BITS[config.wire_dtype] * share)
+    """That meets the budget: what no mask thins (norms, results, rows) comes first."""
+    factor = 32 / wire.BITS[config.wire_dtype]
+    if run.model == "resnet20" and not config.rows:
+        return min(1.0, factor / run.times_less)  # its logits are a five-thousandth at most
+    thinned = whole = 0.0
+    for e in dense_plan(config).exchanges:
+        sent, own = e.traffic_bytes(run.nodes), 0.0
+        if e.split == "rows to channels":  # a node is given rows of its own channels as well
+            own = sent / run.nodes
+        masked = not e.gathered and e.split in ("channels", "rows to channels")
+        whole += own / factor if masked else sent
+        thinned += sent - own if masked else 0
+    if thinned == 0:
+        return 1.0
+    return float(np.clip(factor * (dense / run.times_less - whole) / thinned, 0, 1))
 
 
 def dense_traffic(run: Run, args: argparse.Namespace) -> int:
@@ -191,6 +199,8 @@ def dense_plan(config: ConfigDict) -> plan.CommunicationPlan:
     model = models.create(mesh=mesh, rngs=nnx.Rngs(0), **options)
     size = config.data.size
     images = jax.ShapeDtypeStruct((1, size, size, len(config.data.mean)), np.float32)
+    if config.rows:
+        plan.split(model, images, config.rows, wire_dtype=config.row_dtype)
     return plan.freeze(model, images).plan
 
 

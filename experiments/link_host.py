@@ -39,6 +39,19 @@ WAYS = {
     for network, ms in MILLISECONDS.items()
 }
 WAYS["deit_s"] = DENSE
+# Split by rows, the first layers or all.
+STAGES = ("^conv$", r"^blocks\.[0-6]\.")
+HALF: dict[str, Any] = {"row_dtype": "float16", "options": RESULT}
+WAYS["resnet50"] |= {
+    "rows early, 0.2 int8": {
+        "rows": STAGES,
+        "row_dtype": "float16",
+        "density": 0.2,
+        "wire_dtype": "int8",
+    },
+}
+WAYS["edsr"] |= {"all rows": {"rows": ("",), **HALF}}
+WAYS["deeplabv3_resnet50"] |= {"all rows": {"rows": ("",), **HALF}}
 ALONE, ROWS, ONNX, MEGATRON = "one host", "rows", "one host, ONNX Runtime", "Megatron"
 RIVALS = dict.fromkeys(MILLISECONDS, (ALONE,))
 RIVALS |= {"resnet50": (ROWS, ALONE, ONNX), "deit_s": (MEGATRON, ALONE)}
@@ -74,7 +87,9 @@ def prepare(directory: Path, network: str, nodes: int) -> None:
             print(planned, flush=True)
             dj.sparsify.prune(model, 0.0, rules=planned.rules)
             wires = planned.wire_rules
-        else:
+        if "rows" in way:
+            dj.split(model, x, way["rows"], wire_dtype=way["row_dtype"])
+        if "density" in way:
             dj.sparsify.prune(model, way["density"], "random")
         frozen = dj.freeze(model, x, wire_dtype=wires, message_bytes=100_000)
         frozen.save(directory / name)

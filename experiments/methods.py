@@ -11,7 +11,9 @@ ALL = {**ASSIGN, **BY_COST, **DISTILL}
 INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
 INT4 = {"wire_dtype": "int4", "quantise": True}  # eight times, with rounding in training
 PARTS = {"model.parts": True}  # of results, exact, instead of what the last layer reads
-# What each method changes in the `sparse` section of the config, or in `model`.
+ROWS = {"rows": ("",)}  # all layers that have rows
+EARLY = {"rows": (r"^conv$", r"^blocks\.[0-5]\.")}  # ResNet-20's stem and first two stages
+# What each method changes in the `sparse` section of the config, in `model`, or `rows`.
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "none": {"score": "none"},
@@ -52,6 +54,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "feedback": {"regrow": "feedback"},
     "lasso": {"lasso": 1e-3},
     "straight through": {"gates": "straight_through"},
+    # Split by rows: exact, without masks. Where rows come first, only what is behind has masks.
+    "rows": ROWS,
+    "rows early": {**EARLY, **ASSIGN, **INT8, "quantise": True, "row_dtype": "float16"},
     # For models whose last layer has few outputs.
     "parts in training": {**ASSIGN, **BY_COST, **INT8, **PARTS, "quantise": True},
 }

@@ -65,7 +65,7 @@ def change(target, **fields):
         (lambda d: (d / "node-1.safetensors").unlink(), "node-1.safetensors` cannot be read"),
         (lambda d: damage(d, "node-0.safetensors"), "node-0.safetensors` is not the file"),
         (lambda d: damage(d, "plan.json"), "plan.json` is not the file that was saved"),
-        (lambda d: change(d, format=99), r"`format` of .* \(=99\) must be 1"),
+        (lambda d: change(d, format=99), r"`format` of .* \(=99\) must be 2"),
         (lambda d: change(d, model=None), "`build` is missing"),
         (lambda d: change(d, model='{"name": "resnet9"}'), "`model` .='resnet9'. must be one of"),
         (lambda d: change(d, model='{"name": "resnet18"}'), "differ in"),

@@ -327,7 +327,7 @@ def test_plan_round_trips_and_prints():
     dj.sparsify.prune(model, 0.2)
     plan = dj.freeze(model, jnp.zeros((1, 32, 32, 3))).plan
     assert CommunicationPlan.from_json(plan.to_json()) == plan
-    assert json.loads(plan.to_json())["version"] == 2
+    assert json.loads(plan.to_json())["version"] == 3
     assert "blocks.8.conv2.exchange" in str(plan)
     assert f"{plan.traffic_bytes:,}" in str(plan)
 

@@ -80,6 +80,25 @@ def test_a_recipe_meets_its_budget_and_is_restored(name, tmp_path):
     np.testing.assert_allclose(again.model(x), job.model(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [("",), ("^conv$", r"blocks\.0")])
+def test_layers_split_by_rows_are_trained_without_masks(rows, tmp_path):
+    """All of them, or the early ones, and then the others have masks."""
+    c = config(density=0.5, quantise=len(rows) > 1)
+    c.rows, c.row_dtype, c.wire_dtype = rows, "float16", "int8"
+    job = Job(c, tmp_path)
+    job.run_train()
+    kept = [float(e.mask[...].mean()) for e in exchanges(job.model).values()]
+    assert len(kept) == (5 if len(rows) > 1 else 0)
+    assert all(k < 1 for k in kept[:-1])
+    frozen = job.freeze()
+    job.model.eval()
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    np.testing.assert_allclose(frozen(x), job.model(x), rtol=1e-2, atol=1e-2)
+    again = Job(c, tmp_path)  # as another process would
+    again.restore("sparse")
+    np.testing.assert_allclose(again.freeze()(x), frozen(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, meshes, random_mask
+from helpers import carry_over, close, error, meshes, random_mask, randomize
 
 import disco_jax as dj
 from disco_jax.bands import Bands
 from disco_jax.partition import pad_axis
 from disco_jax.plan.freeze import pack_kernel, plan_hops, readable_channels
-from disco_jax.rows import ChannelsToRows, HaloExchange, ReplicatedRows, RowsToChannels
+from disco_jax.repartition import RowsToChannels
+from disco_jax.rows import ChannelsToRows, HaloExchange, ReplicatedRows
+from disco_jax.trace import exchanges
 
 FLOAT64 = 1e-10
 NODES = (pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow))
@@ -28,7 +30,7 @@ WINDOWS = {
 
 def banded(x, mesh):
     """As a map split by rows lies in memory; dead rows hold what must not be read."""
-    bands = Bands(x.shape[1], mesh.nodes)
+    bands = Bands.equal(x.shape[1], mesh.nodes)
     wide = pad_axis(x, bands.size * mesh.nodes, 1)
     dead = jnp.arange(wide.shape[1]) >= x.shape[1]
     wide = jnp.where(dead[:, None, None], jnp.nan, wide)
@@ -61,13 +63,13 @@ def test_a_convolution(name, height, nodes, x64):
         )
         layer.kernel.set_value(mesh.put(plain.kernel[...]))
         layer.bias.set_value(mesh.put(plain.bias[...]))
-        reads = layer._rows(height).reads(height, nodes)
+        reads = layer.rows(height).reads(height, nodes)
         for kind, given in (
             (ReplicatedRows, x),
             (HaloExchange, banded(x, mesh)),
             (ChannelsToRows, x),
         ):
-            layer.exchange = kind(inner, height, reads, wire_dtype="float64")
+            layer.exchange = kind(inner, Bands.equal(height, nodes), reads, wire_dtype="float64")
             y, found = counted(lambda x, layer=layer: layer(x), given)
             close(y[:, : expected.shape[1]], expected, FLOAT64)
             assert y.shape[1] % nodes == 0
@@ -94,10 +96,174 @@ def test_rows_to_channels(nodes, height, x64):
         readable = readable_channels(plan_hops(np.asarray(masked.exchange.mask[...])), nodes, 12)
         layer = nnx.clone(masked)
         layer.kernel = nnx.Param(mesh.put(pack_kernel(masked.kernel[...], readable), "node"))
-        layer.exchange = RowsToChannels(masked.exchange, height, readable, wire_dtype="float64")
+        layer.exchange = RowsToChannels(
+            masked.exchange, Bands.equal(height, nodes), readable, wire_dtype="float64"
+        )
         y, found = counted(lambda x, layer=layer: layer(x), banded(x, mesh))
         close(y, expected, FLOAT64)
         if mesh.distributed:
-            size = 2 * Bands(height, nodes).size * 6 * readable.shape[1] * 8
+            size = 2 * Bands.equal(height, nodes).size * 6 * readable.shape[1] * 8
             assert sum(c.traffic_bytes for c in found) == nodes * (nodes - 1) * size
             assert len(found) == nodes - 1
+
+
+# Options, size of the images, and patterns of the layers that are split by rows.
+NETWORKS = {
+    "resnet50": ({"width": 8, "num_classes": 5}, (65, 48), ["^conv$", r"blocks\.[0-6]\."]),
+    "resnet8": ({"width": 8}, (9, 8), [""]),
+    "deeplabv3_resnet18": (
+        {"width": 8, "head_width": 12},
+        (49, 40),
+        [r"blocks\.[0-3]\.", "backbone.conv"],
+    ),
+    "lraspp_resnet18": ({"width": 8}, (64, 40), [r"blocks\.[0-3]\.", "backbone.conv"]),
+    "edsr": ({"width": 8, "depth": 2, "scale": 4}, (11, 8), [""]),
+    "rcan": ({"width": 12, "groups": 1, "depth": 1, "reduction": 4, "parts": True}, (7, 8), [""]),
+    "vgg16": ({"width": 4, "hidden": 8}, (230, 224), [r"convs\.\d$"]),
+}
+
+
+LARGE = ("resnet50", "deeplabv3_resnet18", "lraspp_resnet18", "vgg16")  # with three nodes, quickly
+CASES = [
+    pytest.param(
+        name, nodes, marks=[pytest.mark.slow] * (nodes == 4 or (nodes == 2 and name in LARGE))
+    )
+    for name in NETWORKS
+    for nodes in (2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(("name", "nodes"), CASES)
+def test_a_network_with_mixed_splits(name, nodes, x64, tmp_path):
+    """Packed = masked = the plain network but for late masks; nothing else communicates."""
+    options, size, rows = NETWORKS[name]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)))
+    alone = dj.NodeMesh(1, emulate=True)
+    plain = dj.models.create(name, mesh=alone, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+    randomize(plain)
+    for mesh in meshes(nodes):
+        model, whole = (
+            dj.models.create(name, mesh=m, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+            for m in (mesh, dj.NodeMesh(nodes, emulate=True))
+        )
+        carry_over(plain, model), carry_over(plain, whole)
+        dj.split(model, x, rows)
+        masks = {p: random_mask(e, 0.5, i) for i, (p, e) in enumerate(exchanges(model).items())}
+        for masked in (model, whole):
+            masked.eval()
+            for path, mask in masks.items():
+                exchanges(masked)[path].set_mask(mask)
+        expected = dj.plan.Program(whole)(x)
+        close(dj.plan.Program(model)(x), expected, FLOAT64)
+        frozen = dj.freeze(model, x)
+        close(frozen(x), expected, FLOAT64)
+        if mesh.distributed:
+            dj.verify(frozen, x)
+        frozen.save(tmp_path / str(mesh.distributed))
+        loaded = dj.load(tmp_path / str(mesh.distributed), mesh)
+        close(loaded(x), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("rows", [["^conv$", r"blocks\.[0-2]\."], [""]])
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_share_computes_its_rows(rows, emulate):
+    """And as much as the plan says, which on one node is what the plain network does."""
+    mesh, x = dj.NodeMesh(2, emulate=emulate), np.ones((1, 24, 24, 3), np.float32)
+    model = dj.models.create("resnet20", mesh=mesh, rngs=nnx.Rngs(0))
+    whole = dj.freeze(model, x).plan
+    dj.split(model, x, rows)
+    frozen = dj.freeze(model, x)
+    assert frozen.plan.single_node_macs == whole.single_node_macs
+    assert frozen.plan.macs_per_node == pytest.approx(whole.macs_per_node, rel=0.01)
+    # Behind a pool of rows, which gives every node the mean, the head has nothing to exchange.
+    assert frozen.plan.dense_traffic_bytes == whole.dense_traffic_bytes - 256 * (rows == [""])
+    flops = dj.plan.share(frozen, 1).lower(x).cost_analysis()["flops"]
+    assert flops / 2 == pytest.approx(frozen.plan.macs_per_node, rel=0.1)
+    assert str(frozen.plan).count(" rows ") > 5
+
+
+@pytest.mark.parametrize("wire_dtype", ["int8", "int4"])
+def test_integers_from_rows_to_channels(wire_dtype, tmp_path):
+    """Training rounds what the packed model rounds: own channels too, where they come in bands.
+
+    In messages of a limited size.
+    """
+    x = np.random.default_rng(0).normal(size=(3, 12, 12, 3)).astype(np.float32)
+    for mesh in meshes(2):
+        model = dj.models.create("resnet8", mesh=mesh, rngs=nnx.Rngs(0))
+        randomize(model)
+        model.eval()
+        exact = model(x)
+        dj.split(model, x, ["^conv$", r"blocks\.0"], wire_dtype="float16")
+        dj.sparsify.quantise(model, x, wire_dtype)
+        expected = model(x)
+        assert error(expected, exact) > 1e-4
+        frozen = dj.freeze(model, x, message_bytes=300)
+        assert len(frozen.plan.exchanges[3].hops) >= 2
+        frozen.save(tmp_path / str(mesh.distributed))
+        loaded = dj.load(tmp_path / str(mesh.distributed), mesh)
+        np.testing.assert_array_equal(loaded(x), frozen(x))
+        if mesh.distributed:
+            dj.verify(loaded, x)
+        # Rows travel in float16, which makes another code of some numbers.
+        close(frozen(x), expected, 2e-3 if wire_dtype == "int8" else 2e-2)
+        dtypes = {e.split: e.wire_dtype for e in frozen.plan.exchanges if e.hops}
+        assert dtypes == {"rows": "float16", "rows to channels": wire_dtype, "channels": wire_dtype}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["nowhere"], "`rows` entry 'nowhere' is found in no path of a layer"),
+        ([r"blocks\.3\.conv2"], "must be split by rows as `blocks.3.conv2` is"),
+        ([r"blocks\.3\.conv1"], "layers that share an exchange must be split alike"),
+    ],
+)
+def test_what_cannot_be_split_by_rows(rows, message):
+    mesh, x = dj.NodeMesh(2, emulate=True), jax.ShapeDtypeStruct((1, 32, 32, 3), "float32")
+    model = dj.models.create("resnet20", mesh=mesh, rngs=nnx.Rngs(0))
+    with pytest.raises(dj.DiscoError, match=message):
+        dj.split(model, x, rows)
+
+
+class Summed(nnx.Module):
+    """A sum down the rows, which is no module that knows of them."""
+
+    def __init__(self, mesh):
+        self.conv = dj.layers.Conv(4, 4, (3, 3), mesh=mesh, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return jnp.cumsum(nnx.relu(self.conv(x)), 1)
+
+
+def test_what_mixes_rows_is_not_split_by_them():
+    model, x = Summed(dj.NodeMesh(2, emulate=True)), jnp.ones((1, 8, 8, 4))
+    with pytest.raises(dj.DiscoError, match="`conv` computes cannot be split by rows: 'cumsum'"):
+        dj.split(model, x, [""])
+
+
+def test_images_of_another_height_are_refused():
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create("resnet8", mesh=mesh, rngs=nnx.Rngs(0))
+    dj.split(model, jnp.ones((1, 32, 32, 3)), ["^conv$", r"blocks\.0"])
+    frozen = dj.freeze(model, jnp.ones((1, 32, 32, 3)))
+    assert frozen(jnp.ones((2, 32, 32, 3))).shape == (2, 1000)
+    with pytest.raises(dj.DiscoError, match="`images` have another height than those"):
+        frozen(jnp.ones((1, 40, 32, 3)))
+
+
+def test_what_does_not_know_rows_says_so():
+    mesh, x = dj.NodeMesh(2, emulate=True), jnp.ones((1, 16, 16, 3))
+    model = dj.models.create("resnet8", mesh=mesh, rngs=nnx.Rngs(0))
+    costs = dj.sparsify.wire_costs(model, x)
+    dj.split(model, x, ["^conv$", r"blocks\.0"])
+    late = dj.sparsify.wire_costs(model, x)
+    assert late.keys() < costs.keys()
+    assert {p for p in late if late[p] < costs[p]} == {"blocks.1.exchange"}
+    with pytest.raises(dj.DiscoError, match="split by rows already; give all patterns at once"):
+        dj.split(model, x, ["blocks.1"])
+    with pytest.raises(dj.DiscoError, match="split by rows, which cannot be priced yet"):
+        dj.cost.plan_latency(model, x, 10.0, dj.cost.Link(mbit=100, ms=0.1), gmacs=10)
+    plain = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(dj.DiscoError, match=r"comes from dj\.distribute, which splits by channels"):
+        dj.split(dj.distribute(plain, mesh, x), x, [""])

@@ -11,6 +11,7 @@ from flax import nnx
 from disco_jax import wire
 from disco_jax.cost.link import Link, Links
 from disco_jax.errors import require
+from disco_jax.plan.split import ASKED
 from disco_jax.sparsify.budget import Costs, Density, Masks, Scores, by_cost, columns
 from disco_jax.trace import Images, Trace, exchanges, trace
 
@@ -116,6 +117,11 @@ class Prices:
 
 def price(model: nnx.Module, images: Images, links: Link | Links, *, gmacs: float) -> Prices:
     """Prices of a masked model's exchanges; the arguments are those of :func:`latency_budget`."""
+    require(
+        not hasattr(model, ASKED),
+        f"`model` (={type(model).__name__}) is split by rows, which cannot be priced yet; plan for "
+        "a latency without dj.split, or choose densities by hand",
+    )
     found = exchanges(model)
     nodes = next(iter(found.values())).mesh.nodes
     traced, links = trace(model, images), Links.of(links)

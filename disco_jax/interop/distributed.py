@@ -92,6 +92,8 @@ class Distributed(nnx.Module):
       report: what became of the layers.
     """
 
+    by_channels = True  # alone: dj.split does not know its layers
+
     def __init__(self, model: nnx.Module, decisions: Decisions, report: Report, mesh: NodeMesh):
         self.model = model
         self.mesh = mesh

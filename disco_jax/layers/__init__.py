@@ -15,17 +15,21 @@ from disco_jax.layers.local import (
     split,
 )
 from disco_jax.layers.norm import BatchNorm, GroupNorm, L2Norm, LayerNorm
+from disco_jax.layers.spatial import GlobalPool, MaxPool, PixelShuffle
 
 __all__ = [
     "BatchNorm",
     "Conv",
     "Dense",
+    "GlobalPool",
     "GroupNorm",
     "L2Norm",
     "LayerNorm",
     "LayerScale",
     "LearnedTokens",
+    "MaxPool",
     "MultiHeadAttention",
+    "PixelShuffle",
     "PositionEmbedding",
     "StochasticDepth",
     "avg_pool",

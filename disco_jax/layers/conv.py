@@ -95,7 +95,7 @@ class Conv(nnx.Conv):
         self, inputs: Float[Array, "b *s c_in"] | Readable
     ) -> Float[Array, "b *s c_out"]:
         of_rows = partial(self._convolve, padded_rows=True)
-        return apply_weights(self, inputs, Operation(self._convolve, self._rows, of_rows))
+        return apply_weights(self, inputs, Operation(self._convolve, self.rows, of_rows))
 
     def _convolve(
         self,
@@ -115,7 +115,8 @@ class Conv(nnx.Conv):
         strides = _windows(self.strides, rank)
         x, padding = pad_input(x, self.padding, self.kernel_size, dilation)
         if padded_rows:
-            padding = [(0, 0), *self._sides(x.shape[1:-1], padding)[1:]]
+            around = sides(x.shape[1:-1], self.kernel_size, strides, padding, dilation)
+            padding = [(0, 0), *around[1:]]
         if self._pointwise(padding) and x.shape[-1] == kernel.shape[-2]:
             every = (slice(None), *(slice(None, None, s) for s in strides))
             matrix = kernel.reshape(kernel.shape[-2:])
@@ -136,7 +137,7 @@ class Conv(nnx.Conv):
             precision=self.precision,
         )
 
-    def _rows(self, height: int) -> Window:
+    def rows(self, height: int) -> Window:
         """What it reads along the first spatial axis.
 
         Raises:
@@ -149,19 +150,10 @@ class Conv(nnx.Conv):
             f"`padding` (={self.padding!r}) with `input_dilation` (={self.input_dilation}) cannot "
             "be split by rows; split the layer by channels",
         )
-        sides = self._sides((height,) * rank, self.padding)
-        size = (self.kernel_size[0] - 1) * _windows(self.kernel_dilation, rank)[0] + 1
-        return Window(size, _windows(self.strides, rank)[0], *sides[0])
-
-    def _sides(self, shape: Sequence[int], padding: Padding) -> list[tuple[int, int]]:
-        """Flax's padding as zeros before and after each axis."""
-        rank = len(self.kernel_size)
-        dilation, strides = _windows(self.kernel_dilation, rank), _windows(self.strides, rank)
-        _, sides = pad_input(jnp.zeros(()), padding, self.kernel_size, dilation)
-        if not isinstance(sides, str):
-            return sides
-        windows = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, dilation, strict=True)]
-        return lax.padtype_to_pads(shape, windows, strides, sides)
+        strides = _windows(self.strides, rank)
+        dilation = _windows(self.kernel_dilation, rank)
+        (low, high), *_ = sides((height,) * rank, self.kernel_size, strides, self.padding, dilation)
+        return Window((self.kernel_size[0] - 1) * dilation[0] + 1, strides[0], low, high)
 
     def _pointwise(self, padding: str | list[tuple[int, int]]) -> bool:
         """Whether it is a product with a matrix, which CPUs do faster than a convolution."""
@@ -172,6 +164,22 @@ class Conv(nnx.Conv):
 
 def _windows(value: Sizes | None, rank: int) -> tuple[int, ...]:
     return (value or 1,) * rank if isinstance(value, int) or value is None else tuple(value)
+
+
+def sides(
+    shape: Sequence[int],
+    kernel_size: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int] | None = None,
+) -> list[tuple[int, int]]:
+    """Flax's padding as zeros before and after each axis of ``shape``."""
+    dilation = dilation or [1] * len(kernel_size)
+    _, around = pad_input(jnp.zeros(()), padding, kernel_size, dilation)
+    if not isinstance(around, str):
+        return around
+    windows = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    return lax.padtype_to_pads(shape, windows, strides, around)
 
 
 def pad_input(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from disco_jax.bands import Window
 from disco_jax.exchange import Reader
 from disco_jax.layers.weights import apply_weights, distribute_weights, reader, refuse
 from disco_jax.mesh import NodeMesh
@@ -56,7 +57,11 @@ class Dense(nnx.Linear):
     def __call__(  # type: ignore[override]
         self, inputs: Float[Array, "b ... c_in"] | Readable
     ) -> Float[Array, "b ... c_out"]:
-        return apply_weights(self, inputs, Operation(self._multiply))
+        return apply_weights(self, inputs, Operation(self._multiply, self.rows))
+
+    def rows(self, height: int) -> Window:
+        """What it reads along the rows of a map: pixel by pixel."""
+        return Window()
 
     def _multiply(
         self, x: Float[Array, "b ... r"], kernel: Float[Array, "r o"]

@@ -70,13 +70,16 @@ def pixel_shuffle(
         f"divisible by `scale`**2 (={scale**2}); give the layer before unit={scale**2}, or a "
         f"multiple of {mesh.nodes * scale**2} features",
     )
+    return per_node(lambda x: depth_to_space(x, scale), x, mesh=mesh)
 
-    def shuffle(x: Array) -> Array:
-        b, h, w, _ = x.shape
-        x = jnp.reshape(x, (b, h, w, -1, scale, scale))
-        return jnp.reshape(jnp.transpose(x, (0, 1, 4, 2, 5, 3)), (b, h * scale, w * scale, -1))
 
-    return per_node(shuffle, x, mesh=mesh)
+def depth_to_space(
+    x: Float[Array, "b h w c"], scale: int
+) -> Float[Array, "b h*scale w*scale c/scale**2"]:
+    """Channels ``(feature, row, column)`` to features at as many times the height and width."""
+    b, h, w, _ = x.shape
+    x = jnp.reshape(x, (b, h, w, -1, scale, scale))
+    return jnp.reshape(jnp.transpose(x, (0, 1, 4, 2, 5, 3)), (b, h * scale, w * scale, -1))
 
 
 def resize(

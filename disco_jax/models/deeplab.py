@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.exchange import Exchange, Replicated
 from disco_jax.gather import Gather
-from disco_jax.layers import BatchNorm, Conv, resize
+from disco_jax.layers import BatchNorm, Conv, GlobalPool, resize
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.resnet import Backbone, BasicBlock, Bottleneck
 
@@ -56,6 +56,7 @@ class ASPP(nnx.Module):
             window: dict[str, Any] = {"padding": rate, "kernel_dilation": rate}
             branches.append(ConvNorm(c_in, width, (3, 3), exchange=self.exchange, **window, **add))
         self.branches = nnx.List(branches)
+        self.mean = GlobalPool(keepdims=True, mesh=mesh)
         self.pooled = ConvNorm(c_in, width, (1, 1), mesh=mesh, **add)
         self.project = nnx.List(
             conv(width, width, (1, 1), mesh=mesh) for _ in range(len(branches) + 1)
@@ -65,7 +66,7 @@ class ASPP(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w width"]:
         readable = self.exchange(x)
         seen = [branch(readable) for branch in self.branches]
-        seen.append(self.pooled(x.mean((1, 2), keepdims=True)))
+        seen.append(self.pooled(self.mean(x)))
         return nnx.relu(self.norm(sum(p(y) for p, y in zip(self.project, seen, strict=True))))
 
 
@@ -190,6 +191,7 @@ class LRASPP(nnx.Module):
         self.depths, widths = self.backbone.depths, self.backbone.widths
         exact: Layer = partial(conv, use_bias=False)
         self.hidden = ConvNorm(widths[-1], head_width, (1, 1), conv=exact, norm=norm)
+        self.mean = GlobalPool(keepdims=True, mesh=mesh)
         self.weights = exact(widths[-1], head_width, (1, 1))
         self.low = conv(widths[-3], num_classes, (1, 1))
         self.high = conv(head_width, num_classes, (1, 1))
@@ -197,8 +199,9 @@ class LRASPP(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w channels"]) -> Logits:
         *_, low, _, high = self.backbone.features(images)
-        weights = nnx.sigmoid(self.weights(high.mean((1, 2), keepdims=True)))
+        weights = nnx.sigmoid(self.weights(self.mean(high)))
         # A 1x1 convolution and an interpolation may change places: the smaller map is read.
         x = self.high(self.hidden(high) * weights)
-        x = self.low(low) + resize(x, low.shape[1:3], mesh=self.mesh)
+        fine = self.low(low)
+        x = fine + resize(x, fine.shape[1:3], mesh=self.mesh)
         return resize(self.logits(x), images.shape[1:3])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from disco_jax.errors import require
 from disco_jax.exchange import Parts, Replicated
 from disco_jax.gather import Gather, Sum
-from disco_jax.layers import Conv, pixel_shuffle
+from disco_jax.layers import Conv, GlobalPool, PixelShuffle
 from disco_jax.mesh import NodeMesh
 
 Layer = Callable[..., Any]
@@ -42,11 +42,12 @@ class AttentionBlock(nnx.Module):
         self.conv2 = conv(width, width)
         self.squeeze = point(width, width // reduction)
         self.excite = point(width // reduction, width)
+        self.mean = GlobalPool(keepdims=True, mesh=self.conv1.mesh)
 
     def __call__(self, x: Map) -> Map:
         y = self.conv2(nnx.relu(self.conv1(x)))
-        mean = y.mean((1, 2), keepdims=True)
-        return x + y * nnx.sigmoid(self.excite(nnx.relu(self.squeeze(mean))))
+        weights = self.excite(nnx.relu(self.squeeze(self.mean(y))))
+        return x + y * nnx.sigmoid(weights)
 
 
 class Group(nnx.Module):
@@ -104,12 +105,12 @@ class Upscaler(nnx.Module):
             Conv, kernel_size=(3, 3), pad=True, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         conv: Layer = partial(first, mesh=mesh)
-        self.mesh, self.scale = mesh, scale
         self.conv = first(in_channels, width, exchange=images)
         self.body = body(conv=conv)
         self.upsample = nnx.List(
             conv(width, width * step**2, unit=step**2) for step in SHUFFLES[scale]
         )
+        self.shuffles = nnx.List(PixelShuffle(step, mesh=mesh) for step in SHUFFLES[scale])
         if parts:
             self.head = first(width, in_channels, exchange=Parts(width, mesh=mesh, pad=True))
             self.image: nnx.Module = Sum(in_channels, mesh=mesh, wire_dtype=result_dtype)
@@ -119,8 +120,8 @@ class Upscaler(nnx.Module):
 
     def __call__(self, images: Map) -> Float[Array, "b h2 w2 c"]:
         x = self.body(self.conv(images))
-        for conv, step in zip(self.upsample, SHUFFLES[self.scale], strict=True):
-            x = pixel_shuffle(conv(x), step, mesh=self.mesh)
+        for conv, shuffle in zip(self.upsample, self.shuffles, strict=True):
+            x = shuffle(conv(x))
         return self.image(self.head(x))
 
 

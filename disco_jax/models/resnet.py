@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange, Replicated
 from disco_jax.gather import Gather
-from disco_jax.layers import BatchNorm, Conv, Dense, global_avg_pool, max_pool
+from disco_jax.layers import BatchNorm, Conv, Dense, GlobalPool, MaxPool
 from disco_jax.mesh import NodeMesh
 from disco_jax.readable import Readable
 
@@ -150,6 +150,7 @@ class Backbone(nnx.Module):
             in_channels, width, kernel, stride, padding=kernel[0] // 2, exchange=images
         )
         self.norm = norm(width)
+        self.pool = MaxPool((3, 3), (2, 2), ((1, 1), (1, 1)), mesh=mesh)
         self.widths = tuple(width * 2**stage * block.expansion for stage in range(len(depths)))
         strides = _strides(len(depths), stride**2, output_stride)  # a pool follows a strided stem
         blocks, c_in = [], width
@@ -168,7 +169,7 @@ class Backbone(nnx.Module):
         """What each stage makes of the images."""
         x = nnx.relu(self.norm(self.conv(images)))
         if self.stem == "imagenet":
-            x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = self.pool(x)
         maps, blocks = [], iter(self.blocks)
         for depth in self.depths:
             for _ in range(depth):
@@ -213,9 +214,10 @@ class ResNet(Backbone):
     ):
         super().__init__(block, depths, mesh=mesh, rngs=rngs, **kwargs)
         dtypes = {k: v for k, v in kwargs.items() if k in ("dtype", "param_dtype")}
+        self.mean = GlobalPool(mesh=mesh)
         self.head = Dense(self.widths[-1], num_classes, mesh=mesh, pad=True, **dtypes, rngs=rngs)
         self.logits = Gather(num_classes, mesh=mesh)
 
     def __call__(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b num_classes"]:
         *_, x = self.features(images)
-        return self.logits(self.head(global_avg_pool(x)))
+        return self.logits(self.head(self.mean(x)))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange
 from disco_jax.gather import Gather
-from disco_jax.layers import BatchNorm, Conv, L2Norm, max_pool
+from disco_jax.layers import BatchNorm, Conv, L2Norm, MaxPool
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.resnet import Backbone, BasicBlock, Bottleneck
 from disco_jax.models.vgg import convolutions, widths
@@ -89,6 +89,10 @@ class VGGTrunk(nnx.Module):
         conv: Layer = partial(Conv, pad=True, **dtypes, rngs=rngs)
         sizes = widths(VGG_16, width)
         self.convs = convolutions(sizes, in_channels, mesh=mesh, conv=conv)
+        # The third gives the last odd row and column a window of their own.
+        pads = ("VALID", "VALID", "SAME", "VALID")
+        pools = [MaxPool((2, 2), (2, 2), padding, mesh=mesh) for padding in pads]
+        self.pools = nnx.List([*pools, MaxPool((3, 3), (1, 1), "SAME", mesh=mesh)])
         self.l2norm = L2Norm(8 * width, mesh=mesh, pad=True)
         window = {"padding": 6, "kernel_dilation": 6}
         self.conv6 = conv(8 * width, 16 * width, (3, 3), mesh=mesh, **window)
@@ -99,14 +103,12 @@ class VGGTrunk(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w channels"]) -> list[Array]:
         x, maps, convs = images, [], iter(self.convs)
-        for stage, depth in enumerate(VGG_16):
+        for stage, (depth, pool) in enumerate(zip(VGG_16, self.pools, strict=True)):
             for conv in itertools.islice(convs, depth):
                 x = nnx.relu(conv(x))
             if stage == 3:
                 maps.append(self.l2norm(x))
-            if stage < 4:  # the third gives the last odd row and column a window of their own
-                x = max_pool(x, (2, 2), (2, 2), "SAME" if stage == 2 else "VALID")
-        x = max_pool(x, (3, 3), (1, 1), "SAME")
+            x = pool(x)
         x = nnx.relu(self.conv7(nnx.relu(self.conv6(x))))
         return _continued(self.extras, x, maps)
 

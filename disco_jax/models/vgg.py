@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.exchange import Replicated
 from disco_jax.gather import Gather
-from disco_jax.layers import Conv, Dense, global_avg_pool, max_pool
+from disco_jax.layers import Conv, Dense, GlobalPool, MaxPool
 from disco_jax.mesh import NodeMesh
 
 
@@ -72,24 +72,26 @@ class VGG(nnx.Module):
         sizes = widths(depths, width)
         self.depths = tuple(depths)
         self.convs = convolutions(sizes, in_channels, mesh=mesh, conv=conv)
+        self.pools = nnx.List(MaxPool((2, 2), (2, 2), mesh=mesh) for _ in depths)
         self.dense1 = Conv(
             sizes[-1], hidden, (7, 7), padding="VALID", mesh=mesh, pad=True, **weights
         )
         self.dense2 = dense(hidden, hidden)
         self.head = dense(hidden, num_classes)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.mean = GlobalPool(mesh=mesh)
         self.logits = Gather(num_classes, mesh=mesh)
 
     def features(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b h32 w32 c"]:
         """What the convolutions make of the images: a 32nd of their height and width."""
         x, convs = images, iter(self.convs)
-        for depth in self.depths:
+        for depth, pool in zip(self.depths, self.pools, strict=True):
             for _ in range(depth):
                 x = nnx.relu(next(convs)(x))
-            x = max_pool(x, (2, 2), (2, 2))
+            x = pool(x)
         return x
 
     def __call__(self, images: Float[Array, "b h w channels"]) -> Float[Array, "b num_classes"]:
         x = self.dropout(nnx.relu(self.dense1(self.features(images))))
         x = self.dropout(nnx.relu(self.dense2(x)))
-        return self.logits(global_avg_pool(self.head(x)))
+        return self.logits(self.mean(self.head(x)))

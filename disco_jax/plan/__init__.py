@@ -6,6 +6,7 @@ from disco_jax.plan.hlo import Collective, collectives, verify
 from disco_jax.plan.restore import load
 from disco_jax.plan.share import share
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
+from disco_jax.plan.split import split
 
 __all__ = [
     "Collective",
@@ -20,5 +21,6 @@ __all__ = [
     "lower",
     "move",
     "share",
+    "split",
     "verify",
 ]

@@ -28,7 +28,7 @@ from disco_jax.plan.fold import folded
 from disco_jax.plan.spec import CommunicationPlan
 from disco_jax.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 PLAN, MANIFEST = "plan.json", "manifest.json"
 PACKED = "packed"  # where in a workdir the command line saves it
 
@@ -52,6 +52,7 @@ def write(
             "disco_jax": __version__,
             "nodes": nodes,
             "model": getattr(model, "config", None),
+            "split_by_rows": getattr(model, "split_by_rows", None),
             "folded": folded(model),
             "axes": {name: _node_axis(v[...]) for name, v in variables.items()},
             "sha256": checksums(begun, (PLAN, *map(weights_file, range(nodes)))),

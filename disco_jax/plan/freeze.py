@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +12,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from disco_jax import wire
+from disco_jax.bands import Bands
 from disco_jax.errors import require
 from disco_jax.exchange import Exchange
-from disco_jax.gather import AllGather
-from disco_jax.layers.attention import DotProductAttention
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.packed import Hop, PackedExchange, received_channels
+from disco_jax.packed import Hop, PackedExchange, received_channels, split_hops
+from disco_jax.plan.account import account
 from disco_jax.plan.fold import fold_norms
 from disco_jax.plan.frozen import Frozen, mesh_of
 from disco_jax.plan.liveness import peak_bytes
-from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
+from disco_jax.plan.row_pack import RowPlan, pack_rows
+from disco_jax.repartition import RowsToChannels
 from disco_jax.sparsify.quantise import WireDtype, wire_dtypes, wire_scales
 from disco_jax.trace import (
-    ExchangeRecord,
     Images,
-    LayerRecord,
     Trace,
     exchanges,
     modules,
@@ -35,6 +33,10 @@ from disco_jax.trace import (
     replace,
     trace,
 )
+
+# For each exchange of a map that is split by rows, its rows, the channels that each node reads, and
+# how many of them a message has at most.
+FromRows = Mapping[str, tuple[Bands, Int[np.ndarray, "n r"], int | None]]
 
 
 def plan_hops(mask: Bool[np.ndarray, "n c"]) -> tuple[Hop, ...]:
@@ -54,19 +56,6 @@ def plan_hops(mask: Bool[np.ndarray, "n c"]) -> tuple[Hop, ...]:
         if any(sends):
             hops.append(Hop(offset, sends))
     return tuple(hops)
-
-
-def split_hops(hops: tuple[Hop, ...], most: int) -> tuple[Hop, ...]:
-    """The same messages in pieces of at most ``most`` channels.
-
-    >>> split_hops((Hop(1, ((), (0, 1, 2))),), 2)
-    (Hop(offset=1, sends=((), (0, 1))), Hop(offset=1, sends=((), (2,))))
-    """
-    return tuple(
-        Hop(hop.offset, tuple(sent[i : i + most] for sent in hop.sends))
-        for hop in hops
-        for i in range(0, hop.width, most)
-    )
 
 
 def readable_channels(hops: tuple[Hop, ...], nodes: int, channels: int) -> Int[np.ndarray, "n r"]:
@@ -118,13 +107,13 @@ def freeze(
       DiscoError: if the mesh has another number of nodes, the wire dtype is not one or has no
         images to be calibrated on, or the model has no exchange.
     """
-    found = exchanges(model)
+    found, rows = exchanges(model), RowPlan.of(model, images)
     require(
-        bool(found),
+        bool(found) or rows is not None,
         f"`model` (={type(model).__name__}) has no masked exchange; pass a model made of "
         "disco_jax layers that is not frozen already",
     )
-    nodes = next(iter(found.values())).mesh.nodes
+    nodes = mesh_of(model).nodes
     require(
         mesh is None or mesh.nodes == nodes,
         f"`nodes` of the mesh (={mesh and mesh.nodes}) must be those of the model (={nodes}); "
@@ -134,13 +123,24 @@ def freeze(
     dtypes, scales = _wires(model, images, wire_dtype)
     dtypes = {r.path: r.dtype for r in traced.exchanges} | dtypes
     hops = _hops(found, traced, dtypes, message_bytes)
+    widths = {r.path: math.prod(r.shape[2:-1]) for r in traced.exchanges}
     packed = nnx.clone(model)
     fold_norms(packed, images)
     if mesh is not None:
         move(packed, mesh)
-    _pack(packed, hops, dtypes, scales)
+    from_rows: FromRows = {
+        path: (
+            bands,
+            readable_channels(hops[path], nodes, found[path].channels),
+            _most(message_bytes, bands.size * widths[path], dtypes[path]),
+        )
+        for path, bands in (rows.masked(found) if rows else {}).items()
+    }
+    _pack(packed, hops, dtypes, scales, from_rows)
+    if rows is not None:
+        pack_rows(packed, rows)
     packed.eval()
-    plan = _plan(packed, trace(packed, images), _peak_activation_bytes(packed, images))
+    plan = account(packed, trace(packed, images), _peak_activation_bytes(packed, images))
     return Frozen(packed, plan)
 
 
@@ -171,11 +171,18 @@ def _hops(
         return hops
     require(most >= 1, f"`message_bytes` (={most}) must be at least 1; 100_000 is usual")
     channels = {
-        r.path: max(1, most // wire.message_bytes(r.positions, dtypes[r.path]))
+        r.path: _most(most, r.positions, dtypes[r.path]) or 1
         for r in traced.exchanges
         if r.path in hops
     }
     return hops | {path: split_hops(hops[path], count) for path, count in channels.items()}
+
+
+def _most(message_bytes: int | None, positions: int, wire_dtype: str) -> int | None:
+    """Channels of so many positions that a message has at most."""
+    if message_bytes is None:
+        return None
+    return max(1, message_bytes // wire.message_bytes(positions, wire_dtype))
 
 
 def _wires(
@@ -196,6 +203,7 @@ def _pack(
     hops: dict[str, tuple[Hop, ...]],
     dtypes: dict[str, str],
     scales: dict[str, Float[np.ndarray, "2 c"]],
+    from_rows: FromRows,
 ) -> None:
     """Replaces every masked exchange, and the kernels that read it."""
     readable, kernels, layers = [], [], []
@@ -212,7 +220,7 @@ def _pack(
     )
     for layer, kernel in zip(layers, pack(kernels), strict=True):
         layer.kernel = nnx.Param(kernel)
-    replace_exchanges(model, hops, dtypes, scales)
+    replace_exchanges(model, hops, dtypes, scales, from_rows)
 
 
 def replace_exchanges(
@@ -220,30 +228,18 @@ def replace_exchanges(
     hops: Mapping[str, tuple[Hop, ...]],
     dtypes: Mapping[str, str],
     scales: Mapping[str, Float[np.ndarray, "2 c"]],
+    from_rows: FromRows,
 ) -> None:
     """Puts a packed exchange where a masked one was, in place; kernels stay as they are."""
-    replacement: dict[int, nnx.Module] = {
-        id(e): PackedExchange(e, hops.get(path, ()), dtypes.get(path, "float32"), scales.get(path))
-        for path, e in exchanges(model).items()
-    }
-    replace(model, replacement)
 
+    def packed(path: str, exchange: Exchange) -> nnx.Module:
+        given = (dtypes.get(path, "float32"), scales.get(path))
+        if path not in from_rows:
+            return PackedExchange(exchange, hops.get(path, ()), *given)
+        bands, readable, most = from_rows[path]
+        return RowsToChannels(exchange, bands, readable, *given, most)
 
-def _plan(model: nnx.Module, packed: Trace, peak_activation_bytes: int) -> CommunicationPlan:
-    found: dict[str, Any] = dict(modules(model))
-    calls: dict[str, list[ExchangeRecord]] = {}
-    for record in packed.exchanges:
-        calls.setdefault(record.path, []).append(record)
-    layers: dict[str, list[LayerRecord]] = {}
-    for layer in packed.layers:
-        layers.setdefault(layer.path, []).append(layer)
-    nodes = next(m.mesh.nodes for m in found.values() if isinstance(m, PackedExchange))
-    return CommunicationPlan(
-        nodes,
-        tuple(_exchange_plan(found[path], records) for path, records in calls.items()),
-        tuple(_layer_plan(found[path], records) for path, records in layers.items()),
-        peak_activation_bytes,
-    )
+    replace(model, {id(e): packed(path, e) for path, e in exchanges(model).items()})
 
 
 def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
@@ -256,39 +252,3 @@ def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
     example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, example)
     return peak_bytes(program, mesh.nodes)
-
-
-def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
-    """Costs of one layer, which may be called several times with the same weights."""
-    nodes = layer.mesh.nodes
-    if isinstance(layer, DotProductAttention):
-        alone = sum(layer.macs(r.positions, layer.features) for r in records)
-        return LayerPlan(records[0].path, "", sum(r.macs for r in records), alone, 0, 0)
-    window = layer.kernel.shape[-2 - len(getattr(layer, "kernel_size", ())) : -2]
-    groups = getattr(layer, "feature_group_count", 1)
-    dense = math.prod(window) * (layer.in_features // groups) * layer.out_features
-    bias = 0 if layer.bias is None else layer.bias.size
-    if layer.exchange.split_axis == -1:  # else every node holds all of it
-        bias //= nodes
-    dense_bias = 0 if layer.bias is None else layer.out_features
-    itemsize = layer.kernel[...].dtype.itemsize
-    return LayerPlan(
-        records[0].path,
-        records[0].exchange,
-        macs=sum(r.macs for r in records),
-        single_node_macs=sum(r.positions for r in records) * dense,
-        weight_bytes=(layer.kernel.size // nodes + bias) * itemsize,
-        single_node_weight_bytes=(dense + dense_bias) * itemsize,
-    )
-
-
-def _exchange_plan(module: Any, records: Sequence[ExchangeRecord]) -> ExchangePlan:
-    return ExchangePlan(
-        path=records[0].path,
-        consumers=records[0].consumers,
-        positions=tuple(r.positions for r in records),
-        features=getattr(module, "features", records[0].shape[-1]),
-        wire_dtype=records[0].dtype,
-        hops=getattr(module, "hops", ()),
-        gathered=module.width if isinstance(module, AllGather) else 0,
-    )

@@ -20,7 +20,10 @@ from disco_jax.plan.artifact import PLAN, check_files, read_manifest, read_weigh
 from disco_jax.plan.fold import replace_norms
 from disco_jax.plan.freeze import move, replace_exchanges
 from disco_jax.plan.frozen import Frozen
+from disco_jax.plan.row_pack import RowPlan, pack_rows
 from disco_jax.plan.spec import CommunicationPlan
+from disco_jax.plan.split import split_again
+from disco_jax.repartition import channels_read
 from disco_jax.trace import exchanges, modules
 
 
@@ -53,7 +56,7 @@ def load(
     mine = _nodes_here(mesh)
     check_files(directory, manifest, mine)
     plan = CommunicationPlan.from_json((directory / PLAN).read_text())
-    model = _packed_model(plan, _builder(manifest, directory, build))
+    model = _packed_model(plan, _builder(manifest, directory, build), manifest["split_by_rows"])
     known = dict(modules(model))  # what another network lacks is said by read_weights
     replace_norms(model, {n: m for n, m in manifest["folded"].items() if n in known and m in known})
     move(model, mesh)
@@ -79,19 +82,32 @@ def _builder(
     return lambda mesh: models.create(**config, mesh=mesh, rngs=nnx.Rngs(0))
 
 
-def _packed_model(plan: CommunicationPlan, build: Callable[[NodeMesh], nnx.Module]) -> nnx.Module:
-    """The structure alone: nothing is computed or held but what the exchanges need."""
+def _packed_model(
+    plan: CommunicationPlan, build: Callable[[NodeMesh], nnx.Module], asked: str | None
+) -> nnx.Module:
+    """The structure alone: nothing is computed or held but what the exchanges need.
+
+    ``asked`` is how the model was split by rows.
+    """
     emulated = NodeMesh(plan.nodes, emulate=True, devices=jax.local_devices())
     model = nnx.eval_shape(lambda: build(emulated))
     for _, variable in nnx.to_flat_state(nnx.state(model, nnx.RngState)):
         variable.set_value(_any_state(variable.get_value()))
     dtypes = {e.path: e.wire_dtype for e in plan.exchanges}
+    rows = None if asked is None else RowPlan.of(model, split_again(model, asked))
     scales = {
         path: np.zeros((2, exchange.channels), np.float32)
         for path, exchange in exchanges(model).items()
         if wire.calibrated(dtypes.get(path))
     }
-    replace_exchanges(model, {e.path: e.hops for e in plan.exchanges}, dtypes, scales)
+    hops = {e.path: e.hops for e in plan.exchanges}
+    from_rows = {
+        path: (bands, channels_read(hops[path]), hops[path][0].width)
+        for path, bands in (rows.masked(exchanges(model)) if rows else {}).items()
+    }
+    replace_exchanges(model, hops, dtypes, scales, from_rows)
+    if rows is not None:
+        pack_rows(model, rows)
     return model
 
 

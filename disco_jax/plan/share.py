@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Shaped
 from disco_jax import wire
 from disco_jax.exchange import Local, Parts, Reader
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.packed import PackedExchange
+from disco_jax.packed import Hop, PackedExchange
 from disco_jax.plan.frozen import Frozen, Program
-from disco_jax.readable import Readable
+from disco_jax.readable import Readable, ReadableRows
+from disco_jax.repartition import RowsToChannels
+from disco_jax.rows import RowReader
 from disco_jax.trace import modules, replace
 
 
@@ -37,11 +39,39 @@ class Loopback(Reader):
             stop = start + len(sends)
             out, back = (None, None) if scale is None else scale[:, :, start:stop]
             sent = jnp.take(x, np.array(sends), axis=-1)
-            moved = wire.encode(sent, self.wire_dtype, out)
-            moved = jax.lax.optimization_barrier(moved)  # what travels is really made
+            moved = _made(wire.encode(sent, self.wire_dtype, out))
             readable.append(wire.decode(moved, self.wire_dtype, sent, back))
             start = stop
         return Readable(jnp.concatenate(readable, -1), self.mesh, packed=True, source=id(self))
+
+
+class LoopbackRows(nnx.Module):
+    """One node's end of an exchange of rows, or from rows to channels."""
+
+    def __init__(self, like: RowReader | RowsToChannels, node: int, mesh: NodeMesh):
+        self.like, self.node, self.mesh = like, node, mesh
+        self.split_axis = like.split_axis
+
+    def __call__(self, x: Float[Array, "b ..."]) -> Readable:
+        like, source = self.like, id(self)
+        tables = [jnp.asarray(table[self.node]) for table in like.tables()]
+        if isinstance(like, RowsToChannels):
+            scale = None if like.scale is None else like.scale[...]
+            values = like.on_node(x, tables, self.node, _made, scale)
+            return Readable(values, self.mesh, packed=True, source=source)
+        return ReadableRows(
+            like.on_node(x, tables, self.node, _made),
+            self.mesh,
+            source=source,
+            height=like.bands.height,
+            reads=like.reads,
+            node=self.node,
+        )
+
+
+def _made(encoded: Array, hop: Hop | None = None) -> Array:
+    """What travels is really made."""
+    return jax.lax.optimization_barrier(encoded)
 
 
 def share(frozen: Frozen, node: int) -> Program:
@@ -57,13 +87,14 @@ def share(frozen: Frozen, node: int) -> Program:
     nodes = frozen.plan.nodes
     alone = NodeMesh(1, devices=jax.local_devices()[:1])
     model = nnx.clone(frozen.model)
-    parts = {
-        id(module): Loopback(module, node, alone)
-        for _, module in modules(model)
-        if isinstance(module, PackedExchange)
-    }
-    replace(model, dict(parts))
+    parts: dict[int, nnx.Module] = {}
     module: Any
+    for _, module in modules(model):
+        if isinstance(module, PackedExchange):
+            parts[id(module)] = Loopback(module, node, alone)
+        elif isinstance(module, RowReader | RowsToChannels):
+            parts[id(module)] = LoopbackRows(module, node, alone)
+    replace(model, parts)
     for _, module in modules(model):
         mesh = getattr(module, "mesh", None)
         for variable in vars(module).values():

@@ -13,7 +13,7 @@ from disco_jax import wire
 from disco_jax.errors import DiscoError, require
 from disco_jax.packed import Hop
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,16 @@ class ExchangePlan:
     Attributes:
       path: where it is in the model.
       consumers: paths of the layers that read it.
-      positions: pixels or tokens per example, one entry for every call.
+      positions: pixels or tokens per example, one entry for every call; where rows move, numbers of
+        a row, and from rows to channels, pixels of a band.
       features: channels that the nodes own together, dead ones excluded.
       wire_dtype: what travels.
-      hops: the messages of a packed exchange, one entry or more for each ring offset in use.
+      hops: the messages of a packed exchange, one entry or more for each ring offset in use; what a
+        node sends are channels, or rows where the split says so.
       gathered: numbers per position that every node sends to every other (an exchange without a
         mask: results, statistics); 0 for a packed exchange.
+      split: ``"channels"``, ``"rows"``, ``"rows to channels"`` or ``"channels to rows"``.
+      dense_numbers: what the dense split by channels would move of it per example, over all links.
     """
 
     path: str
@@ -38,6 +42,8 @@ class ExchangePlan:
     wire_dtype: str
     hops: tuple[Hop, ...] = ()
     gathered: int = 0
+    split: str = "channels"
+    dense_numbers: int = 0
 
     def kept(self, nodes: int) -> int:
         """(channel, link) pairs that travel, fill included."""
@@ -48,10 +54,6 @@ class ExchangePlan:
         hops = [(hop.width, len(hop.pairs)) for hop in self.hops]
         return [*hops, (self.gathered, nodes * (nodes - 1))]
 
-    def dense(self, nodes: int) -> int:
-        """(channel, link) pairs of the dense split: all other nodes get every living channel."""
-        return (self.gathered * nodes or self.features) * (nodes - 1)
-
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
         return sum(
@@ -60,9 +62,10 @@ class ExchangePlan:
             for width, messages in self._messages(nodes)
         )
 
-    def dense_traffic_bytes(self, nodes: int) -> int:
-        """The same for the dense split in float32."""
-        return sum(self.positions) * self.dense(nodes) * 4
+    @property
+    def dense_traffic_bytes(self) -> int:
+        """The same for the dense split by channels in float32: all nodes get all channels."""
+        return 4 * self.dense_numbers
 
     def collectives(self, nodes: int) -> int:
         """Collectives that the compiled program has for it."""
@@ -92,7 +95,7 @@ class CommunicationPlan:
     ``peak_activation_bytes`` is what one node holds at one time between layers, per example.
 
     >>> plan = CommunicationPlan(2, (ExchangePlan("conv", (), (4,), 2, "float32", (
-    ...     Hop(1, ((0,), (0,))),)),), ())
+    ...     Hop(1, ((0,), (0,))),), dense_numbers=8),), ())
     >>> plan.traffic_bytes, plan == CommunicationPlan.from_json(plan.to_json())
     (32, True)
     """
@@ -111,7 +114,7 @@ class CommunicationPlan:
     @property
     def dense_traffic_bytes(self) -> int:
         """Bytes per example of the dense split in float32."""
-        return sum(e.dense_traffic_bytes(self.nodes) for e in self.exchanges)
+        return sum(e.dense_traffic_bytes for e in self.exchanges)
 
     @property
     def macs_per_node(self) -> int:
@@ -172,8 +175,9 @@ class CommunicationPlan:
     def __str__(self) -> str:
         table = Table("exchange", "features", "kept", "wire", "hops", "bytes", "of dense")
         for e in self.exchanges:
-            dense, sent = e.dense_traffic_bytes(self.nodes), e.traffic_bytes(self.nodes)
-            kept = f"{e.kept(self.nodes)}/{e.dense(self.nodes)}"
+            dense, sent = e.dense_traffic_bytes, e.traffic_bytes(self.nodes)
+            kept = f"{e.kept(self.nodes)}/{e.dense_numbers // max(1, sum(e.positions))}"
+            kept = kept if e.split == "channels" else e.split
             hops = str(len(e.hops) or "all" * (e.gathered > 0) or "-")
             share = f"{sent / dense:.3f}" if dense else "-"
             table.add_row(e.path, str(e.features), kept, e.wire_dtype, hops, f"{sent:,}", share)

@@ -262,15 +262,20 @@ def allow_regrowth(model: nnx.Module) -> None:
 def wire_costs(model: nnx.Module, images: Images, *, itemsize: int = 4) -> dict[str, float]:
     """Bytes per example of one channel on one link, for every exchange: positions x ``itemsize``.
 
+    Of a map that is split by rows a reader has some of each channel's positions already.
+
     Args:
       model: a masked model.
       images: the input, or its ``jax.ShapeDtypeStruct``.
       itemsize: bytes of the wire dtype.
     """
-    costs = dict.fromkeys(exchanges(model), 0.0)
+    found = exchanges(model)
+    costs = dict.fromkeys(found, 0.0)
     for record in trace(model, images).exchanges:
         if record.path in costs:
-            costs[record.path] += record.positions * itemsize
+            nodes, from_rows = found[record.path].mesh.nodes, found[record.path].from_rows
+            share = (nodes - 1) / nodes if from_rows else 1.0
+            costs[record.path] += share * record.positions * itemsize
     return costs
 
 
