@@ -35,10 +35,6 @@ class Bands:
         start, stop = (min(i * self.size, self.height) for i in (node, node + 1))
         return range(start, stop)
 
-    def owner(self, row: int) -> int:
-        """The node that owns a row."""
-        return row // self.size
-
 
 @dataclasses.dataclass(frozen=True)
 class Reads:

@@ -1,5 +1,7 @@
 """Maps split by rows: every exchange and layer equals the plain one, on devices and emulated."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +269,25 @@ def test_what_does_not_know_rows_says_so():
     plain = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(dj.DiscoError, match=r"comes from dj\.distribute, which splits by channels"):
         dj.split(dj.distribute(plain, mesh, x), x, [""])
+
+
+class Weighted(nnx.Module):
+    """A map weighted by the mean of another one, which a node has a part of."""
+
+    def __init__(self, mesh):
+        conv = partial(dj.layers.Conv, 4, 4, (3, 3), mesh=mesh)
+        self.conv, self.other = conv(rngs=nnx.Rngs(0)), conv(rngs=nnx.Rngs(1))
+        self.mean = dj.layers.GlobalPool(keepdims=True, mesh=mesh)
+
+    def __call__(self, x):
+        return self.conv(x) * self.mean(self.other(x))
+
+
+def test_rows_need_weights_that_every_node_has():
+    x = jnp.ones((1, 8, 8, 4))
+    model = Weighted(dj.NodeMesh(2, emulate=True))
+    with pytest.raises(dj.DiscoError, match="`mean` computes is split by channels, and `conv` by"):
+        dj.split(model, x, ["^conv"])
+    expected = model(x)
+    dj.split(model, x, [""])
+    close(dj.freeze(model, x)(x), expected, 1e-6)

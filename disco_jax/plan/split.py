@@ -202,9 +202,9 @@ def _everywhere(
     if splits[id(map_)] == REPLICATED:
         return
     require(
-        splits[id(map_)] == CHANNELS,
-        f"what {_names(map_)} computes is split by rows, and {_names(needed_by)} needs all of it; "
-        "split one of them by channels",
+        splits[id(map_)] == CHANNELS and all(hasattr(found[m], "kernel") for m in map_.makers),
+        f"what {_names(map_)} computes is split by {splits[id(map_)]}, and {_names(needed_by)} by "
+        "rows needs all of it; split them alike",
     )
     splits[id(map_)] = REPLICATED
     for parent in map_.parents:
