@@ -90,16 +90,19 @@ class Exact(Reader):
     In training, where a layer is the plain one; ``freeze`` puts in its place what brings a node
     the rows that it reads.
 
-    Attributes:
+    Args:
       like: what the layer read before.
       target: ``"rows"`` or ``"replicated"``, what the layer's output is split along.
+
+    Attributes:
+      own: whether the layer is depthwise or grouped, and needs no more than own channels.
+      whole: whether its outputs need not divide by the nodes, so that each computes all of them.
     """
 
     def __init__(self, like: Reader, target: str):
         super().__init__(like.features, mesh=like.mesh, pad=True, unit=like.unit)
-        self.channels, self.name = like.channels, like.name
-        self.own, self.target = isinstance(like, Local), target
-        self.whole = isinstance(like, Parts)  # the outputs, which the nodes need not share equally
+        self.channels, self.name, self.target = like.channels, like.name, target
+        self.own, self.whole = isinstance(like, Local), isinstance(like, Parts)
 
     def __call__(self, x: Float[Array, "b ... c"]) -> Readable:
         self._check(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -34,6 +35,14 @@ class AllGather(nnx.Module):
         self.mesh = mesh
         self.name: str | None = None
         self.bands: Bands | None = None
+
+    def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
+        """At how many positions a node has numbers, of a map of this shape."""
+        return positions if self.bands is None else self.bands.size * math.prod(shape[2:-1])
+
+    def gathered(self, shape: tuple[int, ...]) -> int:
+        """How many numbers it gives to all others at each of them: all channels of its rows."""
+        return self.width if self.bands is None else shape[-1]
 
     def _all_rows(
         self, x: Float[Array, "b rows ... c"], bands: Bands, wire_dtype: str | None

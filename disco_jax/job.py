@@ -243,7 +243,7 @@ class Job:
             run = partial(self_ensemble, run)
         return evaluate(self.task, run, source, self.eval_preprocess, size, mesh=self.mesh)
 
-    def check_packed(self) -> None:
+    def _check_packed(self) -> None:
         """Refuses to pack what could not run on the images to come, before anything is trained."""
         config = self.config
         require(
@@ -268,7 +268,7 @@ class Job:
 
     def run_all(self) -> None:
         """Dense training, masks, the metric of both, the packed model, the report."""
-        self.check_packed()
+        self._check_packed()
         found = {}
         self.train("dense")
         dense = plan.Program(nnx.clone(self.model))
@@ -310,7 +310,7 @@ class Job:
 
     def run_freeze(self) -> None:
         """Saves the packed model for ``--mode=serve``, and prints the plan."""
-        self.check_packed()
+        self._check_packed()
         self.restore("sparse")
         frozen = self.freeze()
         frozen.save(self.workdir / artifact.PACKED, replace=True)
@@ -318,7 +318,7 @@ class Job:
 
     def run_infer(self) -> None:
         """Runs the packed model on the test split."""
-        self.check_packed()
+        self._check_packed()
         self.restore("sparse")
         frozen = self.freeze()
         with self.timed("infer"):

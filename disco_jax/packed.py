@@ -123,6 +123,10 @@ class PackedExchange(Reader):
             x = self._permute(x, self._readable) if self.mesh.distributed else self._take(x)
         return Readable(x, self.mesh, received=received, packed=True, source=id(self))
 
+    def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
+        """Numbers of one channel that is sent, of a map of this shape."""
+        return positions
+
     def _permute(self, x: Array, on_node: Callable[..., Array]) -> Array:
         spec = activation_spec(x.ndim, self.mesh)
         return jax.shard_map(

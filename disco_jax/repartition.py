@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -111,6 +112,10 @@ class RowsToChannels(Reader):
         rows = jnp.moveaxis(by_source(found, node), 0, 1)  # [b, n, band, ..., r]
         rows = jnp.reshape(rows, (x.shape[0], -1, *rows.shape[3:]))
         return rows[:, : self.bands.height]
+
+    def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
+        """Numbers of one channel that is sent: its rows of a band."""
+        return self.bands.size * math.prod(shape[2:-1])
 
     @property
     def _scale(self) -> Array | None:

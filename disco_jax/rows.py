@@ -6,6 +6,7 @@ on one node: a node holds all of its weights, and reads its own rows and a few o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from disco_jax import wire
 from disco_jax.bands import Bands, Reads, block_rows, row_messages
@@ -113,16 +114,15 @@ class RowReader(Reader):
             found.append(wire.decode(move(wire.encode(sent, dtype), hop), dtype, sent))
         return found
 
-    def _outside(self) -> Bool[np.ndarray, "n count"]:
-        """The rows of every node's block that it does not need."""
-        rows = np.add.outer(self.reads.first, np.arange(self.reads.count))
-        needed = [np.isin(r, n) for r, n in zip(rows, self.reads.needed, strict=True)]
-        return ~np.stack(needed)
+    def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
+        """Numbers of one row that is sent, of a map of this shape."""
+        return math.prod(shape[2:])
 
     def _from_top(self, past: int) -> Int[np.ndarray, "n count"]:
-        """The rows of every node's block, counted from the map's first; ``past`` has no row."""
+        """The rows of every node's block, counted from the map's first; ``past`` is not needed."""
         rows = np.add.outer(self.reads.first, np.arange(self.reads.count))
-        return np.where(self._outside(), past, rows)
+        needed = [np.isin(r, n) for r, n in zip(rows, self.reads.needed, strict=True)]
+        return np.where(needed, rows, past)
 
     def _take(self, x: Array, rows: Array | np.ndarray) -> Array:
         return jnp.take(x, rows, axis=1, mode="fill", fill_value=self.fill)
@@ -182,9 +182,10 @@ class HaloExchange(RowReader):
         return row_spec(ndim, self.mesh)  # [b/data, band, ..., c]
 
     def _emulated(self, x: Array) -> Array:
-        rows = self._from_top(2 * x.shape[1])
+        past = 2 * x.shape[1]
+        rows = self._from_top(past)
         own = np.arange(self.mesh.nodes)[:, None]
-        remote = ~self._outside() & (rows // self.bands.size != own)
+        remote = (rows != past) & (rows // self.bands.size != own)
         both = jnp.concatenate([x, arrived(x, self.wire_dtype, None)], 1)
         return self._take(both, (rows + remote * x.shape[1]).reshape(-1))
 
@@ -197,6 +198,9 @@ class ChannelsToRows(RowReader):
 
     split = "channels to rows"
 
+    def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
+        return math.prod(shape[2:]) // self.mesh.nodes
+
     def _plan(self) -> tuple[Hop, ...]:
         nodes = range(self.mesh.nodes)
         return tuple(
@@ -207,7 +211,8 @@ class ChannelsToRows(RowReader):
     def tables(self) -> list[Int[np.ndarray, "n _"]]:
         own = self._from_top(self.bands.height)
         starts = np.array([[needed.start] for needed in self.reads.needed])
-        received = np.where(self._outside(), max(map(len, self.reads.needed)), own - starts)
+        most = max(map(len, self.reads.needed))
+        received = np.where(own == self.bands.height, most, own - starts)
         return [own, received, *(hop.filled() for hop in self.hops)]
 
     def on_node(self, x: Array, tables: Sequence[Array], node: Array | int, move: Move) -> Array:

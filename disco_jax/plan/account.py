@@ -70,35 +70,14 @@ def _exchange_plan(module: Any, records: Sequence[ExchangeRecord]) -> ExchangePl
     return ExchangePlan(
         path=records[0].path,
         consumers=records[0].consumers,
-        positions=tuple(_numbers(module, r) for r in records),
+        positions=tuple(module.unit_size(r.shape, r.positions) for r in records),
         features=getattr(module, "features", records[0].shape[-1]),
         wire_dtype=records[0].dtype,
         hops=getattr(module, "hops", ()),
-        gathered=_gathered(module, records[0]),
+        gathered=module.gathered(records[0].shape) if isinstance(module, AllGather) else 0,
         split=module.split if isinstance(module, RowReader | RowsToChannels) else CHANNELS,
         dense_numbers=_dense_numbers(module, records),
     )
-
-
-def _numbers(module: Any, record: ExchangeRecord) -> int:
-    """How many numbers one of a hop's channels, or rows, has."""
-    row = math.prod(record.shape[2:-1])
-    if isinstance(module, RowsToChannels) or _gathers_rows(module):
-        return module.bands.size * row
-    if isinstance(module, ChannelsToRows):
-        return row * record.shape[-1] // module.mesh.nodes
-    return row * record.shape[-1] if isinstance(module, RowReader) else record.positions
-
-
-def _gathers_rows(module: Any) -> bool:
-    return isinstance(module, AllGather) and module.bands is not None
-
-
-def _gathered(module: Any, record: ExchangeRecord) -> int:
-    """How many numbers of each position a node gives to all others."""
-    if _gathers_rows(module):  # of its rows, all of them
-        return record.shape[-1]
-    return module.width if isinstance(module, AllGather) else 0
 
 
 def _dense_numbers(module: Any, records: Sequence[ExchangeRecord]) -> int:
