@@ -99,6 +99,34 @@ def resnet(mesh, **kwargs):
     )
 
 
+def test_dropout_goes_on_as_without_an_interruption(tmp_path):
+    """A checkpoint has the random numbers' keys, placed as the program wants them."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.mesh = dj.NodeMesh(1, emulate=True)
+            self.head = dj.layers.Dense(64, 10, mesh=self.mesh, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.head(self.dropout(x.reshape(len(x), -1)))
+
+    model, (images, labels) = Net(), batch()
+    tx = optax.sgd(0.1)
+    state = TrainState.create(model, tx, mesh=model.mesh, ema=False)
+    step = train_step(model, tx, state)
+    state, _ = step(state, {"image": images, "label": labels})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, data={}, settings={})
+    _, expected = step(state, {"image": images, "label": labels})
+    like = TrainState.create(model, tx, mesh=model.mesh, ema=False)
+    restored, _ = checkpoints.restore(like, settings={})
+    checkpoints.close()
+    step = train_step(model, tx, restored)
+    _, loss = step(restored, {"image": images, "label": labels})
+    assert loss == expected
+
+
 @pytest.mark.parametrize("data", [1, 2])
 def test_step_is_the_same_on_the_mesh_and_emulated(data):
     images, labels = batch()

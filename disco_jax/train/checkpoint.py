@@ -85,8 +85,12 @@ class Checkpoints:
                 f"`checkpoint` {step} in {self.directory} cannot be read ({reason[:200]}); delete "
                 f"the folder {step} there to go on from the one before"
             ) from None
-        leaves = jax.tree.leaves(content)
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata.get("data")
+        # Orbax gives keys of random numbers a placement that a program refuses.
+        placed = [
+            jax.device_put(leaf, wanted.sharding)
+            for leaf, wanted in zip(jax.tree.leaves(content), jax.tree.leaves(like), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), placed), metadata.get("data")
 
     def close(self) -> None:
         """Waits until everything is on disk."""
