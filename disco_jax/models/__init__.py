@@ -16,6 +16,7 @@ from disco_jax.mesh import NodeMesh
 from disco_jax.models.convnext import ConvNeXt
 from disco_jax.models.deeplab import LRASPP, DeepLabV3
 from disco_jax.models.edsr import EDSR, RCAN
+from disco_jax.models.mobilenet import MobileNetV2
 from disco_jax.models.resnet import BasicBlock, Bottleneck, ResNet
 from disco_jax.models.ssd import SSD, STEPS_300, ResNetTrunk, VGGTrunk
 from disco_jax.models.vgg import VGG
@@ -42,6 +43,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "convnext_t": partial(ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768)),
     "convnext_s": partial(ConvNeXt, (3, 3, 27, 3), (96, 192, 384, 768)),
     "convnext_b": partial(ConvNeXt, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "mobilenet_v2": MobileNetV2,
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
     "ssd300": partial(SSD, VGGTrunk, steps=STEPS_300),
     "ssd_vgg16": partial(SSD, VGGTrunk),
