@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,42 @@ class Window:
             stop = (rows.stop - 1) * self.stride - self.low + self.size
             needed.append(range(max(0, start), min(height, stop)) if rows else range(0))
         return Reads(first, (out.size - 1) * self.stride + self.size, tuple(needed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolation:
+    """What bilinear interpolation to ``size`` rows reads: the two around each, pixels as areas.
+
+    >>> Interpolation(8).reads(4, 2).needed
+    (range(0, 3), range(1, 4))
+    """
+
+    size: int
+
+    def outputs(self, height: int) -> int:
+        """Rows of the output."""
+        return self.size
+
+    def reads(self, height: int, nodes: int) -> Reads:
+        """The rows that every node reads for its band of the output."""
+        out, needed = Bands.equal(self.size, nodes), []
+        for node in range(nodes):
+            around = np.floor(self._centres(height)[out.rows(node)]).astype(int)
+            rows = np.clip([*around[:1], *around[-1:] + 1], 0, height - 1)
+            needed.append(range(rows[0], rows[-1] + 1) if len(rows) else range(0))
+        return Reads(tuple(r.start for r in needed), max(map(len, needed)), tuple(needed))
+
+    def weights(self, height: int, nodes: int) -> Float[np.ndarray, "n band count"]:
+        """Of every row of a node's block for every row of its band."""
+        reads, band = self.reads(height, nodes), Bands.equal(self.size, nodes).size
+        rows = np.add.outer(np.array(reads.first), np.arange(reads.count))
+        padded = np.zeros(band * nodes)
+        padded[: self.size] = np.clip(self._centres(height), 0, height - 1)
+        return np.maximum(0, 1 - np.abs(padded.reshape(nodes, band, 1) - rows[:, None]))
+
+    def _centres(self, height: int) -> Float[np.ndarray, "size"]:
+        """Where the rows of the output lie among those of the map."""
+        return (np.arange(self.size) + 0.5) * height / self.size - 0.5
 
 
 def row_messages(bands: Bands, reads: Reads, offset: int) -> tuple[tuple[int, ...], ...]:

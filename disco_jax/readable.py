@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Shaped
 
-from disco_jax.bands import Reads, Window
+from disco_jax.bands import Interpolation, Reads, Window
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, batch_spec, check_batch, kernel_spec, row_spec
 
@@ -33,7 +33,7 @@ class Operation:
     """
 
     run: Compute
-    window: Callable[[int], Window]
+    window: Callable[[int], Window | Interpolation]
     of_rows: Compute | None = None
 
 
@@ -137,28 +137,39 @@ class ReadableRows(Readable):
     reads: Reads = dataclasses.field(default=Reads((), 0, ()), metadata={"static": True})
     node: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def apply(self, op: Operation, kernel: Any) -> Float[Array, "b rows ... c_out"]:
-        """Every node computes its band of the output, ``[b, n*band, ..., c_out]`` together."""
+    def apply(
+        self, op: Operation, kernel: Any, *, per_node: bool = False
+    ) -> Float[Array, "b rows ... c_out"]:
+        """Every node computes its band of the output, ``[b, n*band, ..., c_out]`` together.
+
+        ``per_node`` says that ``kernel`` is ``[n, ...]``, one for each.
+        """
         wanted = op.window(self.height).reads(self.height, len(self.reads.first))
         starts = np.subtract(wanted.first, self.reads.first)
         run = op.of_rows or op.run
 
         def on_node(x: Array, start: Array, kernel: Any) -> Array:
-            return run(lax.dynamic_slice_in_dim(x, start[0], wanted.count, 1), kernel)
+            block = lax.dynamic_slice_in_dim(x, start[0], wanted.count, 1)
+            return run(block, kernel[0] if per_node else kernel)
+
+        def of(node: int) -> Any:
+            return kernel[node : node + 1] if per_node else kernel
 
         if self.mesh.distributed:
             spec = row_spec(self.values.ndim, self.mesh)
             return jax.shard_map(
                 on_node,
                 mesh=self.mesh.jax_mesh,
-                in_specs=(spec, P(NODE), P()),  # [b/data, count, ..., c], [1], all of the kernel
+                # [b/data, count, ..., c], [1], the node's kernel or all of it
+                in_specs=(spec, P(NODE), P(NODE) if per_node else P()),
                 out_specs=spec,  # [b/data, band, ..., c_out]
             )(self.values, jnp.asarray(starts), kernel)
         if self.node is not None:
-            return on_node(self.values, jnp.asarray(starts[self.node :]), kernel)
+            return on_node(self.values, jnp.asarray(starts[self.node :]), of(self.node))
         blocks = jnp.split(self.values, self.mesh.nodes, axis=1)
         found = [
-            on_node(x, start, kernel) for x, start in zip(blocks, starts[:, None], strict=True)
+            on_node(x, start, of(node))
+            for node, (x, start) in enumerate(zip(blocks, starts[:, None], strict=True))
         ]
         return jnp.concatenate(found, axis=1)
 

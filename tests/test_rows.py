@@ -121,11 +121,22 @@ NETWORKS = {
     "lraspp_resnet18": ({"width": 8}, (64, 40), [r"blocks\.[0-3]\.", "backbone.conv"]),
     "edsr": ({"width": 8, "depth": 2, "scale": 4}, (11, 8), [""]),
     "rcan": ({"width": 12, "groups": 1, "depth": 1, "reduction": 4, "parts": True}, (7, 8), [""]),
+    "mobilenet_v2": (
+        {"width": 0.2, "num_classes": 5},
+        (65, 48),
+        ["^stem$", r"blocks\.[0-9]\."],
+    ),
     "vgg16": ({"width": 4, "hidden": 8}, (230, 224), [r"convs\.\d$"]),
 }
 
 
-LARGE = ("resnet50", "deeplabv3_resnet18", "lraspp_resnet18", "vgg16")  # with three nodes, quickly
+LARGE = (
+    "resnet50",
+    "mobilenet_v2",
+    "deeplabv3_resnet18",
+    "lraspp_resnet18",
+    "vgg16",
+)  # with three nodes, quickly
 CASES = [
     pytest.param(
         name, nodes, marks=[pytest.mark.slow] * (nodes == 4 or (nodes == 2 and name in LARGE))
@@ -164,6 +175,44 @@ def test_a_network_with_mixed_splits(name, nodes, x64, tmp_path):
         frozen.save(tmp_path / str(mesh.distributed))
         loaded = dj.load(tmp_path / str(mesh.distributed), mesh)
         close(loaded(x), expected, FLOAT64)
+
+
+class UNet(nnx.Module):
+    """Two scales, the coarse one enlarged and put beside the fine one."""
+
+    def __init__(self, mesh):
+        conv = partial(
+            dj.layers.Conv, kernel_size=(3, 3), mesh=mesh, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
+        self.fine, self.coarse = conv(12, 12), conv(12, 24)
+        self.pool = dj.layers.MaxPool((3, 3), (2, 2), "SAME", mesh=mesh)
+        self.enlarge, self.concat = dj.layers.Resize(mesh=mesh), dj.layers.Concat(mesh=mesh)
+        self.head = conv(36, 12)
+
+    def __call__(self, x):
+        fine = nnx.relu(self.fine(x))
+        coarse = nnx.relu(self.coarse(self.pool(fine)))
+        return self.head(self.concat([fine, self.enlarge(coarse, fine.shape[1:3])]))
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("rows", [["^fine$", "^coarse$"], [""]])
+def test_interpolation_and_concatenation(rows, nodes, x64):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 13, 6, 12)))
+    for mesh in meshes(nodes):
+        model, whole = UNet(mesh), UNet(dj.NodeMesh(nodes, emulate=True))
+        dj.split(model, x, rows)
+        for path, exchange in exchanges(model).items():
+            exchange.set_mask(random_mask(exchange, 0.5))
+            exchanges(whole)[path].set_mask(random_mask(exchange, 0.5))
+        expected = whole(x)
+        frozen = dj.freeze(model, x)
+        close(frozen(x)[:, :13], expected, FLOAT64)
+        assert {e.split for e in frozen.plan.exchanges if e.hops} >= (
+            {"rows"} if nodes > 1 else set()
+        )
+        if mesh.distributed:
+            dj.verify(frozen, x)
 
 
 @pytest.mark.parametrize("rows", [["^conv$", r"blocks\.[0-2]\."], [""]])
@@ -265,7 +314,7 @@ def test_what_does_not_know_rows_says_so():
     with pytest.raises(dj.DiscoError, match="split by rows already; give all patterns at once"):
         dj.split(model, x, ["blocks.1"])
     with pytest.raises(dj.DiscoError, match="split by rows, which cannot be priced yet"):
-        dj.cost.plan_latency(model, x, 10.0, dj.cost.Link(mbit=100, ms=0.1), gmacs=10)
+        dj.cost.latency_budget(model, x, 10.0, dj.cost.Link(mbit=100, ms=0.1), gmacs=10)
     plain = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
     with pytest.raises(dj.DiscoError, match=r"comes from dj\.distribute, which splits by channels"):
         dj.split(dj.distribute(plain, mesh, x), x, [""])

@@ -15,10 +15,11 @@ from disco_jax.layers.local import (
     split,
 )
 from disco_jax.layers.norm import BatchNorm, GroupNorm, L2Norm, LayerNorm
-from disco_jax.layers.spatial import GlobalPool, MaxPool, PixelShuffle
+from disco_jax.layers.spatial import Concat, GlobalPool, MaxPool, PixelShuffle, Resize
 
 __all__ = [
     "BatchNorm",
+    "Concat",
     "Conv",
     "Dense",
     "GlobalPool",
@@ -31,6 +32,7 @@ __all__ = [
     "MultiHeadAttention",
     "PixelShuffle",
     "PositionEmbedding",
+    "Resize",
     "StochasticDepth",
     "avg_pool",
     "concat",

@@ -15,10 +15,10 @@ from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from disco_jax.bands import Bands, Window
+from disco_jax.bands import Bands, Interpolation, Window
 from disco_jax.gather import Sum
 from disco_jax.layers.conv import Padding, sides
-from disco_jax.layers.local import depth_to_space, pixel_shuffle
+from disco_jax.layers.local import concat, depth_to_space, pixel_shuffle, resize
 from disco_jax.mesh import NODE, NodeMesh
 from disco_jax.partition import activation_spec, row_spec
 from disco_jax.readable import Operation
@@ -110,6 +110,60 @@ class GlobalPool(nnx.Module):
             out_specs=activation_spec(x.ndim if self.keepdims else 2, self.mesh),
         )(x, alive)
         return self.total(parts) / count
+
+
+class Resize(nnx.Module):
+    """Bilinear interpolation, see :func:`disco_jax.layers.resize`.
+
+    Attributes:
+      exchange: of rows, where the map is split by them.
+      height: rows of the result then, however many dead ones the ``size`` asked for counts.
+    """
+
+    def __init__(self, *, mesh: NodeMesh):
+        self.mesh, self.height = mesh, 0
+        self.exchange: RowReader | None = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: Sequence[int]
+    ) -> Float[Array, "b h2 w2 c"]:
+        if self.exchange is None:
+            return resize(x, size, mesh=self.mesh)
+        readable, window = self.exchange(x), Interpolation(self.height)
+
+        def on_node(x: Array, weights: Array) -> Array:
+            x = jnp.einsum("or,brwc->bowc", weights, x, precision="highest")
+            return resize(x, (x.shape[1], size[1]))
+
+        weights = window.weights(readable.height, len(readable.reads.first))
+        op = Operation(on_node, lambda _: window)
+        return readable.apply(op, jnp.asarray(weights, x.dtype), per_node=True)
+
+
+class Concat(nnx.Module):
+    """Concatenates each node's own channels, see :func:`disco_jax.layers.concat`.
+
+    Attributes:
+      by_rows: whether the maps are split by rows; their channels come in the same order.
+    """
+
+    def __init__(self, *, mesh: NodeMesh):
+        self.mesh, self.groups, self.by_rows = mesh, mesh.nodes, False
+
+    def __call__(self, xs: Sequence[Float[Array, "b ... _"]]) -> Float[Array, "b ... c"]:
+        if not self.by_rows:
+            return concat(xs, mesh=self.mesh)
+
+        def on_node(*xs: Array) -> Array:
+            groups = [jnp.reshape(x, (*x.shape[:-1], self.groups, -1)) for x in xs]
+            return jnp.reshape(jnp.concatenate(groups, -1), (*xs[0].shape[:-1], -1))
+
+        if not self.mesh.distributed:
+            return on_node(*xs)
+        specs = tuple(row_spec(x.ndim, self.mesh) for x in xs)  # [b/data, band, ..., _]
+        return jax.shard_map(on_node, mesh=self.mesh.jax_mesh, in_specs=specs, out_specs=specs[0])(
+            *xs
+        )  # [b/data, band, ..., c]
 
 
 class PixelShuffle(nnx.Module):

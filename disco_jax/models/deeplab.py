@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.exchange import Exchange, Replicated
 from disco_jax.gather import Gather
-from disco_jax.layers import BatchNorm, Conv, GlobalPool, resize
+from disco_jax.layers import BatchNorm, Conv, GlobalPool, Resize, resize
 from disco_jax.mesh import NodeMesh
 from disco_jax.models.resnet import Backbone, BasicBlock, Bottleneck
 
@@ -184,7 +184,6 @@ class LRASPP(nnx.Module):
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         conv: Layer = partial(Conv, mesh=mesh, pad=True, **dtypes, rngs=rngs)
         norm: Layer = partial(BatchNorm, momentum=0.9, mesh=mesh, pad=True, **dtypes, rngs=rngs)
-        self.mesh = mesh
         self.backbone = Backbone(
             block, depths, mesh=mesh, rngs=rngs, output_stride=output_stride, **dtypes, **kwargs
         )
@@ -192,6 +191,7 @@ class LRASPP(nnx.Module):
         exact: Layer = partial(conv, use_bias=False)
         self.hidden = ConvNorm(widths[-1], head_width, (1, 1), conv=exact, norm=norm)
         self.mean = GlobalPool(keepdims=True, mesh=mesh)
+        self.enlarge = Resize(mesh=mesh)
         self.weights = exact(widths[-1], head_width, (1, 1))
         self.low = conv(widths[-3], num_classes, (1, 1))
         self.high = conv(head_width, num_classes, (1, 1))
@@ -203,5 +203,5 @@ class LRASPP(nnx.Module):
         # A 1x1 convolution and an interpolation may change places: the smaller map is read.
         x = self.high(self.hidden(high) * weights)
         fine = self.low(low)
-        x = fine + resize(x, fine.shape[1:3], mesh=self.mesh)
+        x = fine + self.enlarge(x, fine.shape[1:3])
         return resize(self.logits(x), images.shape[1:3])

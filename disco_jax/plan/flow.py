@@ -18,14 +18,15 @@ from jaxtyping import Array
 
 from disco_jax.exchange import Reader
 from disco_jax.gather import Gather, Sum
-from disco_jax.layers import BatchNorm, GlobalPool, MaxPool, PixelShuffle
+from disco_jax.layers import BatchNorm, Concat, GlobalPool, MaxPool, PixelShuffle, Resize
 from disco_jax.mesh import NodeMesh
 from disco_jax.readable import Readable
 from disco_jax.sparsify.channels import ELEMENTWISE, INNER
 from disco_jax.trace import Images, modules, replace
 
 READ, MADE = "read:", "made:"
-KNOWN = (GlobalPool, MaxPool, PixelShuffle, Gather, Sum)  # modules that can be split by rows
+SPATIAL = (Concat, GlobalPool, MaxPool, PixelShuffle, Resize)  # split as what they are given
+KNOWN = (*SPATIAL, Gather, Sum)  # modules that can be split by rows
 
 
 @dataclasses.dataclass
@@ -127,6 +128,7 @@ class _ProbeReader(Reader):
 class _ProbeLayer(nnx.Module):
     def __init__(self, inner: Any, path: str):
         self.inner, self.path, self.mesh = inner, path, inner.mesh
+        self.exchange = inner.exchange  # which models read
 
     def __call__(self, inputs: Array | Readable) -> Array:
         given = inputs if isinstance(inputs, Readable) else self.inner.exchange(inputs)
@@ -137,9 +139,10 @@ class _ProbeModule(nnx.Module):
     def __init__(self, inner: Any, path: str):
         self.inner, self.path, self.mesh = inner, path, inner.mesh
 
-    def __call__(self, x: Array) -> Any:
-        _tagged(READ + self.path, lambda x: x, x)
-        found = jax.eval_shape(self.inner, x)
+    def __call__(self, x: Any, *others: Any) -> Any:
+        for one in jax.tree.leaves(x):
+            _tagged(READ + self.path, lambda x: x, one)
+        found = jax.eval_shape(lambda x: self.inner(x, *others), x)
         return jax.tree.map(lambda like: _made(self.path, like), found)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from disco_jax import layers
-from disco_jax.bands import Bands, Reads
+from disco_jax.bands import Bands, Interpolation, Reads
 from disco_jax.exchange import Exact, Exchange, Local, Reader
 from disco_jax.plan.flow import Flow, flow
 from disco_jax.plan.split import ASKED, CHANNELS, REPLICATED, ROWS, bands, resolve
@@ -65,6 +65,11 @@ class RowPlan:
         """The rows of the map that a reader or module is given."""
         return self.bands[id(self.flowing.read[path][0])]
 
+    def height_of(self, path: str) -> int:
+        """Rows of what a module computes; 0 where it computes none."""
+        made = self.flowing.made.get(path)
+        return next(iter(made.shapes))[1] if made is not None and made.has_rows else 0
+
     def masked(self, found: Mapping[str, Exchange]) -> dict[str, Bands]:
         """The masked exchanges of maps that are split by rows."""
         return {path: self.bands_of(path) for path in found if self.source(path) == ROWS}
@@ -81,7 +86,7 @@ def pack_rows(model: nnx.Module, plan: RowPlan) -> None:
         elif isinstance(module, layers.BatchNorm) and source != CHANNELS:
             _replicate(module)
         elif source == ROWS:
-            _split(module, plan.bands[id(map_)], shape, plan.wire_dtype)
+            _split(module, plan.bands[id(map_)], shape, plan.height_of(path), plan.wire_dtype)
     for module in found.values():
         if id(getattr(module, "exchange", None)) in readers:
             _replicate(module)
@@ -105,15 +110,24 @@ def _reader(
     return KINDS[source](exact, rows, reads, wire_dtype=plan.wire_dtype)
 
 
-def _split(module: Any, rows: Bands, shape: tuple[int, ...], dtype: str | None) -> None:
-    """Tells a module without weights, or a result, that its map is split by rows."""
-    if isinstance(module, layers.MaxPool):
+def _split(
+    module: Any, rows: Bands, shape: tuple[int, ...], height: int, dtype: str | None
+) -> None:
+    """Tells a module without weights, or a result, that its map is split by rows.
+
+    ``height`` is that of what it computes.
+    """
+    if isinstance(module, layers.MaxPool | layers.Resize):
         like = Local(shape[-1], mesh=module.mesh, pad=True)
-        reads = module.rows(rows.height).reads(rows.height, rows.nodes)
-        module.exchange = HaloExchange(like, rows, reads, fill=module.fill, wire_dtype=dtype)
+        enlarged = Interpolation(height)
+        window = module.rows(rows.height) if isinstance(module, layers.MaxPool) else enlarged
+        reads, fill = window.reads(rows.height, rows.nodes), getattr(module, "fill", 0.0)
+        module.exchange = HaloExchange(like, rows, reads, fill=fill, wire_dtype=dtype)
+        if isinstance(module, layers.Resize):
+            module.height = height
     elif isinstance(module, layers.GlobalPool):
         module.split_by_rows(rows, shape[-1])
-    elif isinstance(module, layers.PixelShuffle):
+    elif isinstance(module, layers.PixelShuffle | layers.Concat):
         module.by_rows = True
     elif not isinstance(module, Reader):  # a masked exchange knows it already
         module.bands = rows

@@ -37,7 +37,7 @@ def split(
       model: a masked model, in which nothing is split by rows yet.
       images: an example input (or its ``jax.ShapeDtypeStruct``); only the shape is used.
       rows: patterns (``re.search``) of the paths of layers; those that compute vectors, or one
-        number of every channel, have no rows and are split as they have to be.
+        number of every channel, have no rows and are split as they have to be. None, no split.
       wire_dtype: what rows travel in, between layers split by rows and to them: ``"float16"``,
         ``"bfloat16"`` or ``"float32"``; None sends what is computed. What masks thin travels as
         everywhere.
@@ -54,6 +54,8 @@ def split(
     >>> [exchange.path for exchange in dj.trace(model, images).exchanges][:2]
     ['blocks.1.exchange', 'blocks.1.conv2.exchange']
     """
+    if not rows:
+        return
     require(
         not getattr(model, "by_channels", False),
         f"`model` (={type(model).__name__}) comes from dj.distribute, which splits by channels "
@@ -111,6 +113,8 @@ def resolve(model: nnx.Module, flowing: Flow, layers: Mapping[str, str]) -> dict
     splits: dict[int, str] = {}
     for map_ in flowing.maps:
         splits[id(map_)] = _split_of(map_, flowing, found, layers, splits)
+    for map_ in flowing.maps:  # now that all sources are known
+        _split_of(map_, flowing, found, layers, splits)
     for map_, parent in ((m, p) for m in flowing.maps for p in m.parents):
         require(
             not map_.mixed or splits[id(parent)] != ROWS,
@@ -135,7 +139,13 @@ def bands(model: nnx.Module, flowing: Flow, splits: Mapping[int, str]) -> dict[i
             (height,) = {shape[1] for shape in map_.shapes}
             own = Bands.equal(height, module.mesh.nodes)
             if isinstance(module, PixelShuffle):
-                before = result[id(flowing.read[maker][0])]
+                source = id(flowing.read[maker][0])
+                require(
+                    source in result,
+                    f"`{maker}` is beside what it is computed from, which rows cannot be; split "
+                    "them by channels",
+                )
+                before = result[source]
                 own = Bands(height, before.nodes, before.size * module.scale)
             options.add(own)
         require(
@@ -164,7 +174,7 @@ def _split_of(
     layers: Mapping[str, str],
     splits: Mapping[int, str],
 ) -> str:
-    """Of a map whose sources are known."""
+    """Of a map, from those of its sources that are known: what is concatenated may go round."""
     if not map_.makers:
         return splits[id(map_.parents[0])]
     options: dict[str, str] = {}
@@ -176,7 +186,7 @@ def _split_of(
             options[maker] = layers.get(maker, CHANNELS)
         elif isinstance(module, Gather | Sum):
             options[maker] = REPLICATED
-        else:
+        elif id(flowing.read[maker][0]) in splits:
             source = splits[id(flowing.read[maker][0])]
             pooled = isinstance(module, GlobalPool) and source == ROWS
             options[maker] = REPLICATED if pooled else source
