@@ -86,6 +86,20 @@ def defaults() -> ConfigDict:
     # Patterns of the layers that are split by rows and not by channels, and what rows travel in.
     c.rows = ()
     c.row_dtype = config_dict.placeholder(str)  # None: what is computed
+    # Chooses rows, densities and wire dtypes once the dense model is trained, if a limit is given:
+    # of the latency, then the least memory is sought; of the memory, then the least latency; of
+    # both, then the least loss. Every exchange keeps at least what `sparse.density` would.
+    c.plan = ConfigDict(
+        {
+            "latency_ms": config_dict.placeholder(float),
+            "memory": config_dict.placeholder(float),  # share of a single node's weights
+            "mbit": 100.0,  # of every link
+            "link_ms": 0.2,  # what an empty message takes
+            "gmacs": 40.0,  # 10^9 multiplications per second of a node
+            "wire_dtypes": ("int4", "int8"),
+            "row_dtype": "float16",
+        }
+    )
     c.checkpoint = ConfigDict({"keep": 2, "every_epochs": 1.0})
     return c
 

@@ -52,6 +52,11 @@ def check(config: ConfigDict) -> None:
         f"`eval_batch_size` (={config.eval_batch_size}) must be 1 where `data.eval_size` is 0: "
         "images of different sizes make no batch; set it, and `data_parallel`, to 1",
     )
+    require(
+        not (planned(config) and (config.rows or config.wire_dtype or config.wire_rules)),
+        "`plan` chooses `rows`, `wire_dtype` and `wire_rules` itself; set either plan.latency_ms "
+        "and plan.memory, or these",
+    )
     for wire_dtype in (config.wire_dtype, *(dtype for _, dtype in config.wire_rules)):
         if wire_dtype is not None:
             wire.check_wire_dtype(wire_dtype)
@@ -63,9 +68,16 @@ def check(config: ConfigDict) -> None:
     )
 
 
+def planned(config: ConfigDict) -> bool:
+    """Whether the planner chooses what the config leaves open."""
+    return config.plan.latency_ms is not None or config.plan.memory is not None
+
+
 def wire_dtype(config: ConfigDict) -> WireDtype:
     """What a config says travels: its rules, then its ``wire_dtype`` for all else."""
     rules = tuple(config.wire_rules)
+    if planned(config) and not rules:  # so long as nothing is chosen
+        return config.plan.wire_dtypes[0]
     if config.wire_dtype is not None:
         rules = (*rules, ("", config.wire_dtype))
     return rules or None

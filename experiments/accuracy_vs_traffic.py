@@ -212,7 +212,8 @@ def planned(run: Run, config: ConfigDict, folder: Path, dense: int) -> ConfigDic
     sparsify.assign(job.model, images)
     link = cost.Link(mbit=8, ms=0)  # a millisecond for every 1000 bytes that a node sends
     ms = dense / run.times_less / run.nodes / 1e3
-    found = cost.plan_latency(job.model, images, ms, link, gmacs=1e9, wire_dtypes=("int4", "int8"))
+    limits = {"minimise": "loss", "ms": ms, "rows": False, "wire_dtypes": ("int4", "int8")}
+    found = cost.plan_splits(job.model, images, link, gmacs=1e9, **limits)
     config.sparse.rules, config.wire_rules = found.rules, found.wire_rules
     config.wire_dtype = None
     return config

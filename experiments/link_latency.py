@@ -6,6 +6,7 @@
     sudo python experiments/link_latency.py --cpu=0.4 --rates 100 --what latency
     sudo python experiments/link_latency.py --model=deit_s --rates 300 100 30 --what latency
     sudo python experiments/link_latency.py --model=ssd300 --rates 100 --what latency
+    sudo python experiments/link_latency.py --what front    # rows, channels, and plans of both
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import slow_link
-from link_host import ANSWER, BEST, NOTHING, ONNX, RIVALS, ROWS, WAYS, host, prepare
+from link_host import ANSWER, BEST, NOTHING, ONNX, RIVALS, ROWS, WAYS, front, host, prepare
 
 Rows = dict[str, dict[str, float]]
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
@@ -42,7 +43,7 @@ class Hosts:
     ports = itertools.count(9876)
 
     def __init__(self, args: argparse.Namespace, way: str):
-        self.way, self.ours, nodes = way, way in WAYS[args.model], args.nodes
+        self.way, self.ours, nodes = way, way not in (NOTHING, *RIVALS[args.model]), args.nodes
         command = [sys.executable, __file__, f"--nodes={nodes}", f"--plans={args.plans}"]
         command += [f"--model={args.model}", f"--port={next(self.ports)}", f"--way={way}"]
         self.running = [slow_link.start(i, i % 2, [*command, f"--host={i}"]) for i in range(nodes)]
@@ -118,7 +119,8 @@ def slowest(found: list[list[list[float]]]) -> float:
 def predict(found: Rows, ours: list[str], plans: Path, link: dict[str, float], mbit: float) -> None:
     """Adds to every way of ours the predicted latency, and the limit without overlap.
 
-    The limit is bytes over the rate that was set, α for each message, and the computation.
+    The limit is bytes over the rate that was set, α for each message, and the computation. Beside
+    them the share of a single host's weights that each has.
     """
     from disco_jax.cost import Link
     from disco_jax.cost import predict as predicted
@@ -130,12 +132,34 @@ def predict(found: Rows, ours: list[str], plans: Path, link: dict[str, float], m
         row = found[name]
         row["predicted_ms"] = round(predicted(plan, measured, compute_ms=row["compute_ms"]).ms, 2)
         bytes_ms = plan.traffic_bytes / plan.nodes / mbit / 125
+        row["memory"] = round(plan.weight_bytes_per_node / plan.single_node_weight_bytes, 3)
         row["limit_ms"] = round(bytes_ms + plan.collectives * measured.ms + row["compute_ms"], 2)
 
 
-def latencies(args: argparse.Namespace, ways: list[str]) -> None:
+def fronts(args: argparse.Namespace) -> None:
+    """One line for each rate, of plans made for it."""
+    for rate in args.rates:
+        plans = args.plans / f"front-{rate:g}"
+        make(args, plans, rate)
+        at_rate = argparse.Namespace(**{**vars(args), "plans": plans, "rates": [rate]})
+        rivals = [way for way in RIVALS[args.model] if way != ROWS]
+        latencies(at_rate, [*front(args.model, rate), *rivals], what="front")
+
+
+def make(args: argparse.Namespace, plans: Path, rate: float | None = None) -> None:
+    """Plans that are not there yet, in a process of its own; those of a front have a rate."""
+    ways = WAYS[args.model] if rate is None else front(args.model, rate)
+    if (plans / list(ways)[-1]).exists():
+        return
+    command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
+    command += [f"--model={args.model}", f"--plans={plans}", "--rates"]
+    subprocess.run([*command, *([] if rate is None else [str(rate)])], check=True)
+
+
+def latencies(args: argparse.Namespace, ways: list[str], what: str = "latency") -> None:
     """One line for each rate."""
-    every, ours = {way: Hosts(args, way) for way in ways}, list(WAYS[args.model])
+    every = {way: Hosts(args, way) for way in ways}
+    ours = [way for way, hosts in every.items() if hosts.ours]
     differences = {way: max(every[way].ask("difference")) for way in ours}
     print("relative to one process that plays all nodes:", differences, flush=True)
     for rate in args.rates:
@@ -144,7 +168,7 @@ def latencies(args: argparse.Namespace, ways: list[str]) -> None:
         for way in ours:
             found[way]["difference"] = differences[way]
         predict(found, ours, args.plans, link, rate)
-        write(args, {"what": "latency", "mbit": rate, "link": link, "ways": found})
+        write(args, {"what": what, "mbit": rate, "link": link, "ways": found})
     for hosts in every.values():
         hosts.close()
 
@@ -231,13 +255,12 @@ def main() -> None:
     if args.host is not None:
         host(args.plans, args.model, args.nodes, args.host, args.port, args.way)
     elif args.prepare:
-        prepare(args.plans, args.model, args.nodes)
+        ways = front(args.model, *args.rates) if args.rates else WAYS[args.model]
+        prepare(args.plans, args.model, args.nodes, ways)
     else:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))
-        if not (args.plans / list(WAYS[args.model])[-1]).exists():
-            command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
-            command += [f"--model={args.model}"]
-            subprocess.run([*command, f"--plans={args.plans}"], check=True)
+        if args.what != ["front"]:
+            make(args, args.plans)
         with slow_link.hosts(args.nodes):
             slow_link.limit(args.nodes, 1000)
             if args.cpu < 1:
@@ -246,6 +269,8 @@ def main() -> None:
             ways = [way for way in ways if way != ROWS or args.nodes == 2]
             if "latency" in args.what:
                 latencies(args, ways)
+            if "front" in args.what:
+                fronts(args)
             if "memory" in args.what:
                 memories(args, [way for way in ways if way != ONNX])
             if "streams" in args.what and BEST in ways:

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all + int8": {**ALL, **INT8},
     "int8 in training": {**INT8, "quantise": True},
     "int4": INT4,
-    # Densities and wire dtypes as `cost.plan_latency` chooses them.
+    # Densities and wire dtypes as `cost.plan_splits` chooses them.
     "planned": {**ASSIGN, "quantise": True, "distill.weight": 0.5, "planned": True},
     "best int4": {**ASSIGN, **BY_COST, **INT4, "distill.weight": 0.5},
     "in training": {**ASSIGN, **BY_COST, **INT8, "quantise": True},

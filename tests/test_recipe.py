@@ -99,6 +99,35 @@ def test_layers_split_by_rows_are_trained_without_masks(rows, tmp_path):
     np.testing.assert_allclose(again.freeze()(x), frozen(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("limits", [{"memory": 0.9}, {"latency_ms": 5.0, "memory": 0.9}])
+def test_a_plan_is_made_for_the_trained_model_and_kept(limits, tmp_path):
+    """Rows, densities and wire dtypes; another process takes what the first has chosen."""
+    c = config(density=0.8, quantise=True)
+    c.plan.update(mbit=1.0, link_ms=0.001, gmacs=0.1, wire_dtypes=("int8",), **limits)
+    job = Job(c, tmp_path)
+    job.run_train()
+    frozen = job.freeze()
+    kinds = {e.split for e in frozen.plan.exchanges if e.hops}
+    assert {"rows", "rows to channels", "channels"} <= kinds
+    assert {e.wire_dtype for e in frozen.plan.exchanges if e.split == "rows"} == {"float16"}
+    share = frozen.plan.weight_bytes_per_node / frozen.plan.single_node_weight_bytes
+    assert share <= 0.9
+    again = Job(c, tmp_path)
+    again.restore("sparse")
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    np.testing.assert_allclose(again.freeze()(x), frozen(x), rtol=1e-5, atol=1e-5)
+    (tmp_path / "splits.json").unlink()
+    with pytest.raises(dj.DiscoError, match=r"has no splits\.json, which training writes"):
+        Job(c, tmp_path).restore("sparse")
+
+
+def test_a_plan_leaves_nothing_to_choose_by_hand(tmp_path):
+    c = config()
+    c.plan.memory, c.wire_dtype = 0.9, "int8"
+    with pytest.raises(dj.DiscoError, match="`plan` chooses `rows`, `wire_dtype`"):
+        Job(c, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [

@@ -4,7 +4,7 @@ from disco_jax.cost.budget import Latency, latency_budget
 from disco_jax.cost.latency import LinkTime, Prediction, predict
 from disco_jax.cost.link import Link, Links
 from disco_jax.cost.memory import Memory, memory
-from disco_jax.cost.planner import Planned, plan_latency
+from disco_jax.cost.planner import Planned, Point, plan_splits
 
 __all__ = [
     "Latency",
@@ -13,9 +13,10 @@ __all__ = [
     "Links",
     "Memory",
     "Planned",
+    "Point",
     "Prediction",
     "latency_budget",
     "memory",
-    "plan_latency",
+    "plan_splits",
     "predict",
 ]
