@@ -75,6 +75,18 @@ def test_a_burst_travels_at_the_peak_rate_and_the_rest_waits_for_tokens():
     assert predict(one, slower, compute_ms=9).link_ms == pytest.approx(1)
 
 
+def test_nodes_wait_for_the_slower_one():
+    """A tenth of what lies before a message, and nothing for what comes after the last."""
+    hop = Hop(1, ((0,), (1,)))
+    path = ("a", "b")
+    exchanges = tuple(ExchangePlan(p, (p,), (1,), 4, "int8", (hop,)) for p in path)
+    layers = tuple(LayerPlan(p, p, 10, 20, 0, 0) for p in path)
+    plan = CommunicationPlan(2, exchanges, layers)
+    found = predict(plan, Link(mbit=8000, ms=1, jitter=0.1), compute_ms=10)
+    assert [e.ms for e in found.exchanges] == pytest.approx([1, 1.5], rel=1e-4)
+    assert predict(plan, Link(mbit=8000, ms=1), compute_ms=10).ms == pytest.approx(12, rel=1e-4)
+
+
 @pytest.mark.parametrize("given", [{}, {"compute_ms": 1.0, "gmacs": 1.0}])
 def test_one_measure_of_computation_is_needed(given):
     with pytest.raises(dj.DiscoError, match="exactly one of `compute_ms`"):
@@ -84,6 +96,8 @@ def test_one_measure_of_computation_is_needed(given):
 def test_a_link_without_a_rate_is_refused():
     with pytest.raises(dj.DiscoError, match="must have positive rates"):
         Link(mbit=0)
+    with pytest.raises(dj.DiscoError, match="no negative latency"):
+        Link(mbit=1, jitter=-0.1)
 
 
 def frozen(nodes, emulate, wire_dtype):

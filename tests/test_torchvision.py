@@ -114,6 +114,20 @@ def test_deeplabv3_resnet50(torchvision, tmp_path, auxiliary):
         close(np.moveaxis(seen, -1, 1), expected["aux"].numpy(), PARITY)
 
 
+def test_mobilenet_v2(torchvision, tmp_path):
+    import torch
+
+    theirs = torchvision.models.mobilenet_v2(weights=None)
+    prepare(theirs, tmp_path / "mobilenet.safetensors")
+    images, tensor = pictures(64, torch)
+    with torch.no_grad():
+        expected = theirs(tensor)
+    mesh = dj.NodeMesh(2, emulate=True)
+    model = dj.models.create("mobilenet_v2", mesh=mesh, rngs=nnx.Rngs(0))
+    pretrained.load(model, tmp_path / "mobilenet.safetensors")
+    close(dj.plan.Program(model)(images), expected.numpy(), PARITY)
+
+
 @pytest.mark.parametrize("name", ["deeplabv3_resnet18", "ssd_resnet18", "ssd300"])
 def test_backbones_start_from_torchvisions_classifiers(name, torchvision, tmp_path):
     """All that a classifier has of the backbone is read, kernels in our layout."""

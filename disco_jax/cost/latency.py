@@ -70,8 +70,9 @@ def predict(
 
     Every message of a hop starts when the slowest node is there, and the hop ends with its slowest
     message: ``Σ_layers macs / rate + Σ_hops max_links(α + bytes / β)``, where only bytes beyond
-    what is left of a link's burst wait for β. Images follow each other without a pause, so that a
-    burst is there only as far as the link has recovered from the last message.
+    what is left of a link's burst wait for β; nodes that have computed since the last message wait
+    for the slower one as long as the links' jitter says. Images follow each other without a pause,
+    so that a burst is there only as far as the link has recovered from the last message.
 
     Args:
       plan: of ``dj.freeze``.
@@ -101,12 +102,15 @@ def predict(
     buckets = _Buckets(Links.of(links))
     share = compute_ms / 1e3 / max(1, plan.macs_per_node)
     for _ in range(2):  # the second time finds the buckets as the first has left them
-        spent = {e.path: 0.0 for e in plan.exchanges}
+        spent, since = {e.path: 0.0 for e in plan.exchanges}, 0.0
         for step in _steps(plan):
-            if isinstance(step, ExchangePlan):
-                spent[step.path] += sum(_seconds(step, plan.nodes, examples, buckets))
-            else:
+            if not isinstance(step, ExchangePlan):
                 buckets.refill(step * share)
+                since += step * share
+            elif step.collectives(plan.nodes):
+                waiting, since = buckets.links.jitter * since, 0.0
+                buckets.refill(waiting)
+                spent[step.path] += waiting + sum(_seconds(step, plan.nodes, examples, buckets))
     return Prediction(
         tuple(
             LinkTime(e.path, e.traffic_bytes(plan.nodes), 1e3 * spent[e.path])

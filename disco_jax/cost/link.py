@@ -20,6 +20,8 @@ class Link:
       burst: bytes that a link which has been idle takes at once, before its rate counts. 0 for a
         wire; more where the rate is imposed by a token bucket (``tc … tbf``, many providers).
       peak_mbit: the rate of a burst, in Mbit/s: what the hosts themselves can send and receive.
+      jitter: how much later than the other a node is done with what both compute before a message,
+        as a share of it: no two runs take the same time, and each waits for the slower.
 
     Raises:
       DiscoError: if a rate is not positive, or another number is negative.
@@ -32,12 +34,13 @@ class Link:
     ms: float = 0.2
     burst: float = 0.0
     peak_mbit: float = math.inf
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         require(
-            min(self.mbit, self.peak_mbit) > 0 and self.ms >= 0 and self.burst >= 0,
+            min(self.mbit, self.peak_mbit) > 0 and min(self.ms, self.burst, self.jitter) >= 0,
             f"`link` (={self!r}) must have positive rates (mbit, peak_mbit), and no negative "
-            "latency (ms) or burst (bytes); correct it",
+            "latency (ms), burst (bytes) or jitter; correct it",
         )
 
     @property
@@ -70,6 +73,11 @@ class Links:
     def __getitem__(self, pair: tuple[int, int]) -> Link:
         """The link from the first to the second node."""
         return self.pairs.get(pair, self.default)
+
+    @property
+    def jitter(self) -> float:
+        """The largest of all."""
+        return max(link.jitter for link in (self.default, *self.pairs.values()))
 
     @classmethod
     def of(cls, links: Any) -> Links:

@@ -100,7 +100,8 @@ class Prices:
         self.rate = min(link.bytes_per_second for link in pairs)
         self.peak = min(link.peak_bytes_per_second for link in pairs)
         self.burst = min(link.burst for link in pairs)
-        self.gmacs, self.row_dtype, self.examples = gmacs, row_dtype, images.shape[0]
+        self.gmacs = gmacs / (1 + links.jitter)  # each node waits for the slower
+        self.row_dtype, self.examples = row_dtype, images.shape[0]
         traced = trace(model, images)
         self.macs: dict[str, float] = {}  # of all nodes together, by layer
         self.positions: dict[str, list[int]] = {}  # of every call, by exchange

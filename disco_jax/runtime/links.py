@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -20,19 +21,21 @@ from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
 
 SMALL, MEDIUM, LARGE = 64, 20_000, 100_000  # bytes; the last is the usual message_bytes
-WORK = 512  # size of the matrices that a node multiplies between messages
+WORK = 192  # size of the matrices that a node multiplies between messages
+FEW, MANY = 2, 18  # such products, between which the jitter is seen
 
 Run = Callable[[], Any]
 
 
 def measure_links(mesh: NodeMesh, repeats: int = 15) -> Links:
-    """α, β and burst of the links, where all nodes send at once, as in a hop of an exchange.
+    """α, β, burst and jitter of the links, all nodes sending at once, as in a hop of an exchange.
 
     Nodes wait for each other at every message, so that all links of a hop get what its slowest one
     takes. A message counts as what it adds to a computation, as in a model: between nodes that do
-    nothing else threads and caches have gone to sleep. α is what a small one takes; large ones
-    without a pause between them find β; a medium and a large one, after so much work that a token
-    bucket is full again, find the rate and the size of the burst, which is at most 100 kB.
+    nothing else threads and caches have gone to sleep. α is what a small one takes after little
+    work, and what it takes more after much is jitter; large ones without a pause between them find
+    β; a medium and a large one, after so much work that a token bucket is full again, find the rate
+    and the size of the burst, which is at most 100 kB.
 
     Raises:
       DiscoError: if the nodes are emulated, or there is only one, or several copies of them.
@@ -67,13 +70,20 @@ def _measure_hop(mesh: NodeMesh, offset: int, repeats: int) -> Link:
         sending, small = (program(s, messages, work) for s in (size, SMALL))
         return _slower(sending, small, repeats, mesh) / messages
 
-    latency = _slower(program(SMALL, 20, 1), program(0, 20, 1), repeats, mesh) / 20
-    product = _slower(program(0, 1, 21), program(0, 1, 1), 5, mesh) / 20
+    def late(work: int) -> float:
+        """What a small message takes after so much work."""
+        return _slower(program(SMALL, 20, work), program(0, 20, work), repeats, mesh) / 20
+
+    product = max(1e-6, _slower(program(0, 1, 101), program(0, 1, 1), 5, mesh) / 100)
+    few = late(FEW)
+    jitter = float(np.clip((late(MANY) - few) / ((MANY - FEW) * product), 0, 1))
+    latency = few - jitter * FEW * product
     about = busy(8, 3)
     enough = int(np.clip(0.05 / about, 8, 64))  # messages for 50 ms
     repeats = int(np.clip(10 / enough / about, 3, repeats))  # and not more than 10 s
     messages, work = int(np.clip(0.1 / about, 4, 20)), math.ceil(about / max(1e-5, product))
-    return _link(latency, busy(enough, repeats), rested(MEDIUM), rested(LARGE))
+    link = _link(latency, busy(enough, repeats), rested(MEDIUM), rested(LARGE))
+    return dataclasses.replace(link, jitter=jitter)
 
 
 def _link(latency: float, busy: float, medium: float, large: float) -> Link:
