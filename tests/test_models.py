@@ -40,6 +40,7 @@ TRANSFORMERS = {
     "convnext_t": 28_589_128,
     "convnext_s": 50_223_688,
     "convnext_b": 88_591_464,
+    "mobilenet_v2": 3_504_872,
     "vgg16": 138_357_544,
     "vit_micro": 3_136 + 6 * (256 + 16_640 + 33_088) + 128 + 65_000,
 }

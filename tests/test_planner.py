@@ -56,7 +56,10 @@ def test_a_plan_by_channels_meets_its_latency_and_the_packed_model_has_it(nodes,
 
 NETWORKS = {
     "resnet20": ({"width": 16}, (32, 32)),
-    "mobilenet_v2": ({"width": 0.25}, (96, 64)),
+    "mobilenet_v2": (
+        {"stages": ((1, 8, 1, 1), (6, 16, 2, 2), (6, 24, 2, 2)), "num_classes": 5},
+        (96, 64),
+    ),
     "deeplabv3_resnet18": ({"width": 8, "head_width": 16}, (65, 48)),
     "lraspp_resnet18": ({"width": 8}, (65, 48)),
     "edsr": ({"width": 8, "depth": 2, "parts": True}, (24, 16)),
@@ -67,8 +70,15 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("nodes", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ("resnet20", "mobilenet_v2", "lraspp_resnet18", "edsr")
+CASES = [
+    pytest.param(name, nodes, marks=[pytest.mark.slow] * (name not in QUICK or nodes > 2))
+    for name in NETWORKS
+    for nodes in (2, 3)
+]
+
+
+@pytest.mark.parametrize(("name", "nodes"), CASES)
 def test_what_is_planned_is_what_freezes(name, nodes):
     """Latency and memory of every kind of split, on links where each has its place."""
     options, size = NETWORKS[name]

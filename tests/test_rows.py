@@ -122,9 +122,9 @@ NETWORKS = {
     "edsr": ({"width": 8, "depth": 2, "scale": 4}, (11, 8), [""]),
     "rcan": ({"width": 12, "groups": 1, "depth": 1, "reduction": 4, "parts": True}, (7, 8), [""]),
     "mobilenet_v2": (
-        {"width": 0.2, "num_classes": 5},
+        {"stages": ((1, 8, 1, 1), (6, 12, 2, 2), (6, 16, 2, 2)), "num_classes": 5},
         (65, 48),
-        ["^stem$", r"blocks\.[0-9]\."],
+        ["^stem$", r"blocks\.[0-2]\."],
     ),
     "vgg16": ({"width": 4, "hidden": 8}, (230, 224), [r"convs\.\d$"]),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,8 +164,7 @@ def plan_splits(
       ms: the latency to meet.
       memory: what a node may hold of the weights that a node alone would, as a share.
       density: every masked exchange is to keep at least what this density of it keeps in the finest
-        of the wire dtypes. That rows keep all is no excuse for others: late layers that hear
-        nothing cost as much accuracy as a network of which none does.
+        of the wire dtypes. Layers that are split by rows, which keep all, do not make up for it.
       rows: whether layers may be split by rows.
       wire_dtypes: what channels may travel in.
       row_dtype: what rows travel in; None: as computed.
@@ -204,6 +202,7 @@ class _Space:
     def __init__(self, units: Units, prices: Prices, worth: Mapping[str, Worth], density: float):
         self.units, self.prices, self.worth = units, prices, worth
         self.fixed = np.array([prices.fixed(units), 0.0, 0.0])
+        self.searches: dict[tuple[Splits, float], Search] = {}
         self.options: list[dict[tuple[int, int], Options]] = []
         for r in self.units.readings:
             pairs = [
@@ -233,7 +232,9 @@ class _Space:
             every += [self.only(CHANNELS), self.only(ROWS)]
         shares = (1.0, 0.5, 0.0) if self.prices.burst else (1.0,)
         for allowed, waits in itertools.product(every, shares):
-            one = self._search(allowed, waits).least(objective, limits)
+            if (allowed, waits) not in self.searches:
+                self.searches[allowed, waits] = self._search(allowed, waits)
+            one = self.searches[allowed, waits].least(objective, limits)
             if one is not None:
                 steps = [options.steps[:, i] for _, options, i in self.chosen(one)]
                 totals = np.array([self.prices.latency(steps), *one.totals[1:]])
@@ -241,7 +242,6 @@ class _Space:
         in_time = [f for f in found if f.totals[SECONDS] <= limits.get(SECONDS, np.inf)]
         return min(in_time, key=lambda f: f.totals[objective], default=None)
 
-    @functools.cache  # noqa: B019, a space lives as long as its plan is made
     def _search(self, splits: Splits, waits: float) -> Search:
         edges = []
         for r, options in zip(self.units.readings, self.options, strict=True):

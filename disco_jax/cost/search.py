@@ -71,8 +71,7 @@ class Search:
         self.scale = np.maximum(1e-12, largest.sum(-1))
 
     def least(self, objective: int, limits: Mapping[int, float]) -> Found | None:
-        """The choice of least ``objective`` that keeps to limits of other totals; None: there is
-        none."""
+        """The choice of least ``objective`` within limits of other totals; None: there is none."""
         weights, wanted = np.full(3, 1e-9), list(limits.items())  # settles what would be left open
         weights[objective] = 1.0
         tried: dict[tuple[int, ...], None] = {}

@@ -93,9 +93,9 @@ def _link(latency: float, busy: float, medium: float, large: float) -> Link:
     the time between messages. A burst of what passes in two latencies cannot be told from none.
 
     >>> _link(latency=1e-4, busy=8e-3, medium=2e-4, large=4e-3)
-    Link(mbit=100.0, ms=0.1, burst=50000.0, peak_mbit=800.0)
+    Link(mbit=100.0, ms=0.1, burst=50000.0, peak_mbit=800.0, jitter=0.0)
     >>> _link(latency=1e-3, busy=9e-3, medium=1.6e-3, large=8e-3)
-    Link(mbit=100.0, ms=1.0, burst=0.0, peak_mbit=inf)
+    Link(mbit=100.0, ms=1.0, burst=0.0, peak_mbit=inf, jitter=0.0)
     """
     latency = max(0.0, latency)
     rate = LARGE / busy
