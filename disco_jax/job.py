@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from disco_jax import cost, models, pictures, plan, settings, tasks, wire
+from disco_jax import models, pictures, plan, planning, settings, tasks, wire
 from disco_jax import recipe as recipes
 from disco_jax import report as reports
 from disco_jax.data import preprocess, sources
@@ -81,52 +81,11 @@ class Job:
             config.sparse, self.model, self.images, settings.wire_dtype(config)
         )
 
-    @property
-    def _planned(self) -> Path | None:
-        """Where the planner's choice is kept, if there is a planner."""
-        return self.workdir / "splits.json" if settings.planned(self.config) else None
-
-    def plan_splits(self) -> None:
-        """Chooses, for the trained dense model, what its layers are split along; once."""
-        wanted, path = self.config.plan, self._planned
-        if path is None:
-            return
-        if not path.exists():
-            limits = {"ms": wanted.latency_ms, "memory": wanted.memory}
-            both = None not in limits.values()
-            least = "memory" if wanted.memory is None else "ms"
-            planned = cost.plan_splits(
-                self.model,
-                np.concatenate(list(self.calibration())),
-                cost.Link(wanted.mbit, wanted.link_ms),
-                gmacs=wanted.gmacs,
-                minimise="loss" if both else least,
-                density=self.config.sparse.density,
-                wire_dtypes=wanted.wire_dtypes,
-                row_dtype=wanted.row_dtype,
-                **limits,
-            )
-            console.print(str(planned), highlight=False)
-            names = ("rows", "row_dtype", "rules", "wire_rules")
-            path.write_text(json.dumps({name: getattr(planned, name) for name in names}))
-        self._take_plan()
-
     def _take_plan(self) -> None:
-        """Splits the model as the planner has chosen, now or in an earlier process."""
-        path = self._planned
-        if path is None:
-            return
-        require(
-            path.exists(),
-            f"`workdir` (={self.workdir}) has no {path.name}, which training writes; run "
-            "--mode=train first",
-        )
-        chosen, config = json.loads(path.read_text()), self.config
-        rules = tuple((pattern, override) for pattern, override in chosen["rules"])
-        config.sparse.rules = (*config.sparse.rules, *rules)
-        config.rows, config.row_dtype = tuple(chosen["rows"]), chosen["row_dtype"]
-        config.wire_rules = tuple(map(tuple, chosen["wire_rules"]))
-        self._split()
+        """Splits the model as a planner has chosen, if there is one; once."""
+        if settings.planned(self.config) and not (self.config.rows or self.config.wire_rules):
+            planning.fill_in(self.config, self.workdir)
+            self._split()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -218,7 +177,11 @@ class Job:
 
     def learn(self) -> None:
         """From the trained dense model to masks and the weights that go with them."""
-        self.plan_splits()
+        if settings.planned(self.config):
+            planned = planning.choose(self.config, self.model, self.calibration, self.workdir)
+            if planned is not None:
+                console.print(str(planned), highlight=False)
+            self._take_plan()
         self.recipe.prepare(self.calibration)
         if self.config.sparse.post_training:
             with self.timed("post_training"):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import disco_jax as dj
-from disco_jax.cost import Link, plan_splits, planner, predict
+from disco_jax.cost import Link, plan_splits, predict, worth
 from disco_jax.cost.search import LOSS, SECONDS, WEIGHTS, Edge, Search
 from disco_jax.models.convnext import ConvNeXt
 from disco_jax.trace import name_exchanges
@@ -225,5 +225,5 @@ def test_choices_are_close_to_the_best_of_all(seed):
 
 def test_rounding_costs_what_is_measured():
     model = resnet(2)
-    noise = {d: planner.rounding_noise(model, jnp.asarray(IMAGES), d) for d in ("int4", "int8")}
+    noise = {d: worth.rounding_noise(model, jnp.asarray(IMAGES), d) for d in ("int4", "int8")}
     assert all(0 < noise["int8"][p] < noise["int4"][p] < 0.1 for p in noise["int4"])

@@ -116,6 +116,8 @@ def test_a_plan_is_made_for_the_trained_model_and_kept(limits, tmp_path):
     again.restore("sparse")
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     np.testing.assert_allclose(again.freeze()(x), frozen(x), rtol=1e-5, atol=1e-5)
+    job.restore("sparse")  # which is split already
+    np.testing.assert_allclose(job.freeze()(x), frozen(x), rtol=1e-5, atol=1e-5)
     (tmp_path / "splits.json").unlink()
     with pytest.raises(dj.DiscoError, match=r"has no splits\.json, which training writes"):
         Job(c, tmp_path).restore("sparse")

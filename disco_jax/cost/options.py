@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,11 @@ from flax import nnx
 from disco_jax import wire
 from disco_jax.bands import Bands, Reads, row_messages
 from disco_jax.cost.link import Links
-from disco_jax.cost.units import CHANNELS, ROWS, Reading, Units
+from disco_jax.cost.units import Reading, Units
+from disco_jax.cost.worth import Worth
 from disco_jax.gather import AllGather
 from disco_jax.layers import GlobalPool, MaxPool, Resize
+from disco_jax.plan.split import CHANNELS, ROWS
 from disco_jax.trace import Images, modules, trace
 
 LEVELS = 64  # densities of an exchange that are tried
@@ -46,36 +48,6 @@ class Options:
         """No choice, and no loss."""
         steps = np.array([[*sent, computing]]).T
         return cls(np.zeros(1, int), ("",), steps, np.array([weights]), np.zeros(1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Worth:
-    """What masks leave of the energy that an exchange's readers read.
-
-    Attributes:
-      columns: share of each column, the best first.
-      noise: of each wire dtype, what rounding makes of a unit of energy.
-    """
-
-    columns: np.ndarray
-    noise: Mapping[str, float]
-
-    @property
-    def own(self) -> float:
-        """Share of own channels."""
-        return max(1e-9, 1.0 - float(self.columns.sum()))
-
-    def loss(self, counts: np.ndarray, dtype: str, *, rounds_own: bool) -> np.ndarray:
-        """Of so many columns."""
-        remote = np.concatenate([[0.0], np.cumsum(self.columns)])[counts]
-        clean = 1 - self.noise[dtype]
-        return -np.log(np.minimum(1.0, self.own * (clean if rounds_own else 1) + remote * clean))
-
-    def uniform_loss(self, density: float) -> float:
-        """Of one density in the finest wire dtype, split by channels."""
-        count = np.array([round(density * len(self.columns))])
-        finest = min(self.noise, key=self.noise.__getitem__)
-        return float(self.loss(count, finest, rounds_own=False)[0])
 
 
 class Prices:
@@ -129,8 +101,8 @@ class Prices:
     def options(
         self,
         reading: Reading,
-        source: int,
-        target: int,
+        source: str,
+        target: str,
         worth: Worth | None,
         density: float,
     ) -> Options | None:
@@ -150,7 +122,7 @@ class Prices:
             return Options.one(NOTHING, self._compute(macs), weights)
         return self._masked(reading, source, worth, density)
 
-    def _masked(self, reading: Reading, source: int, worth: Worth, density: float) -> Options:
+    def _masked(self, reading: Reading, source: str, worth: Worth, density: float) -> Options:
         """Channels behind a mask, of a map that is split by channels, or by rows."""
         total, hops = len(worth.columns), self.nodes - 1
         first = round(density * total)
@@ -185,7 +157,7 @@ class Prices:
             loss[good],
         )
 
-    def _rows(self, reading: Reading, source: int) -> np.ndarray:
+    def _rows(self, reading: Reading, source: str) -> np.ndarray:
         """Messages and bytes that bring every node the rows that the layers, or the pool, read."""
         height = reading.shape[1]
         readers = [self.found[path] for path in reading.layers] or [reading.module]
@@ -200,7 +172,7 @@ class Prices:
         hops = (self._message(width * numbers, self._row_dtype) for width in widths if width)
         return sum(hops, start=NOTHING)
 
-    def _alone(self, reading: Reading, source: int) -> np.ndarray:
+    def _alone(self, reading: Reading, source: str) -> np.ndarray:
         """Messages and bytes of a module without weights."""
         module, by_rows = reading.module, source == ROWS and not reading.held
         numbers = math.prod(reading.shape[2:])  # of a row

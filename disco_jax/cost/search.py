@@ -10,7 +10,7 @@ import numpy as np
 SECONDS, WEIGHTS, LOSS = 0, 1, 2
 STEPS = 15  # halvings of a multiplier's logarithm
 
-Trail = tuple[int, int, "Trail"] | None  # unit, split, and those before
+Trail = tuple[int, str, "Trail"] | None  # unit, split, and those before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Edge:
 
     source: int
     target: int
-    options: Mapping[tuple[int, int], np.ndarray]
+    options: Mapping[tuple[str, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Found:
       totals: ``float[3]``: seconds, bytes of weights and loss.
     """
 
-    splits: tuple[int, ...]
+    splits: tuple[str, ...]
     chosen: tuple[int, ...]
     totals: np.ndarray
 
@@ -57,7 +57,7 @@ class Search:
       edges: in the order of computation.
     """
 
-    def __init__(self, splits: Sequence[Sequence[int]], edges: Sequence[Edge]):
+    def __init__(self, splits: Sequence[Sequence[str]], edges: Sequence[Edge]):
         self.splits, self.edges = splits, edges
         self.last = {u: i for i, e in enumerate(edges) for u in (e.source, e.target)}
         segments = [(i, pair) for i, e in enumerate(edges) for pair in e.options]
@@ -74,7 +74,7 @@ class Search:
         """The choice of least ``objective`` within limits of other totals; None: there is none."""
         weights, wanted = np.full(3, 1e-9), list(limits.items())  # settles what would be left open
         weights[objective] = 1.0
-        tried: dict[tuple[int, ...], None] = {}
+        tried: dict[tuple[str, ...], None] = {}
         # Multipliers jump over splits that no price makes the best: of those seen on the way each
         # gets its own best options.
         found = [self._meet(weights, wanted, tried=tried)]
@@ -94,8 +94,8 @@ class Search:
         self,
         weights: np.ndarray,
         limits: Sequence[tuple[int, float]],
-        splits: tuple[int, ...] | None = None,
-        tried: dict[tuple[int, ...], None] | None = None,
+        splits: tuple[str, ...] | None = None,
+        tried: dict[tuple[str, ...], None] | None = None,
     ) -> Found | None:
         """The least weighted sum, with multipliers for limits as small as may be.
 
@@ -131,7 +131,7 @@ class Search:
                 low = middle
         return best
 
-    def _at(self, prices: np.ndarray, splits: tuple[int, ...] | None) -> Found:
+    def _at(self, prices: np.ndarray, splits: tuple[str, ...] | None) -> Found:
         """The choice of least cost."""
         values = np.tensordot(prices, self.costs, 1)
         best = values.argmin(-1)
@@ -140,15 +140,15 @@ class Search:
         chosen = best[segments]
         return Found(splits, tuple(chosen.tolist()), self.costs[:, segments, chosen].sum(-1))
 
-    def _segments(self, splits: tuple[int, ...]) -> np.ndarray:
+    def _segments(self, splits: tuple[str, ...]) -> np.ndarray:
         """Of every edge, the options that the splits leave."""
         pairs = ((splits[e.source], splits[e.target]) for e in self.edges)
         return np.array([self.segments[i, pair] for i, pair in enumerate(pairs)])
 
-    def _splits(self, least: np.ndarray) -> tuple[int, ...]:
+    def _splits(self, least: np.ndarray) -> tuple[str, ...]:
         """The splits of all units, given the least cost of every pair of an edge."""
         live: list[int] = []
-        states: dict[tuple[int, ...], tuple[float, Trail]] = {(): (0.0, None)}
+        states: dict[tuple[str, ...], tuple[float, Trail]] = {(): (0.0, None)}
         for i, edge in enumerate(self.edges):
             for unit in (edge.source, edge.target):
                 if unit not in live:
@@ -197,10 +197,10 @@ class Search:
 
 
 def _without(
-    states: Mapping[tuple[int, ...], tuple[float, Trail]], place: int
-) -> dict[tuple[int, ...], tuple[float, Trail]]:
+    states: Mapping[tuple[str, ...], tuple[float, Trail]], place: int
+) -> dict[tuple[str, ...], tuple[float, Trail]]:
     """The best of the states that differ only there."""
-    best: dict[tuple[int, ...], tuple[float, Trail]] = {}
+    best: dict[tuple[str, ...], tuple[float, Trail]] = {}
     for key, state in states.items():
         rest = key[:place] + key[place + 1 :]
         if rest not in best or state[0] < best[rest][0]:

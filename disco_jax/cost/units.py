@@ -11,9 +11,8 @@ from disco_jax.errors import DiscoError
 from disco_jax.exchange import Exchange, Reader
 from disco_jax.gather import Gather, Sum
 from disco_jax.plan.flow import SPATIAL, Flow, Map
+from disco_jax.plan.split import CHANNELS, ROWS
 from disco_jax.trace import modules
-
-CHANNELS, ROWS = 0, 1  # what a unit is split along; by ROWS, its vectors are held by every node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Units:
     """Maps that can only be split alike are one unit.
 
     Attributes:
-      splits: what each unit may be split along.
+      splits: what each unit may be split along; by rows, its vectors are held by every node.
       of: the unit of each map, by its ``id``.
       readings: in the order in which they are computed.
     """
 
-    splits: tuple[tuple[int, ...], ...]
+    splits: tuple[tuple[str, ...], ...]
     of: dict[int, int]
     readings: tuple[Reading, ...]
 
