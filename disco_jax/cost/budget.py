@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from flax import nnx
 
 from disco_jax import wire
 from disco_jax.cost.link import Link, Links
+from disco_jax.cost.options import NOTHING, Prices
 from disco_jax.errors import require
 from disco_jax.plan.split import ASKED
 from disco_jax.sparsify.budget import Costs, Density, Masks, Scores, by_cost, columns
-from disco_jax.trace import Images, Trace, exchanges, trace
+from disco_jax.trace import Images, exchanges, readers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,82 +76,27 @@ def latency_budget(
     Raises:
       DiscoError: if the nodes cannot compute their own shares in that time.
     """
-    prices = price(model, images, links, gmacs=gmacs)
-    size = wire.BITS[wire.check_wire_dtype(wire_dtype)] / 8
-    channel = {p: size * prices.byte[p] + macs for p, macs in prices.macs.items()}
-    hops = (prices.nodes - 1) * sum(prices.calls.values())
-    return Latency(
-        prices.left_of(ms), channel, prices.hop * hops / max(1, len(prices.calls)), floor
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prices:
-    """What exchanging costs, in seconds.
-
-    Attributes:
-      nodes: how many there are.
-      byte: for every exchange, one more byte per position for every node.
-      macs: for every exchange, the multiplications that read one more channel on every node.
-      calls: for every exchange how often it is called.
-      hop: a message, whatever it carries.
-      fixed: what nodes compute and gather whatever the masks are.
-    """
-
-    nodes: int
-    byte: dict[str, float]
-    macs: dict[str, float]
-    calls: dict[str, int]
-    hop: float
-    fixed: float
-
-    def left_of(self, ms: float) -> float:
-        """Seconds that a latency leaves for remote channels."""
-        require(
-            ms / 1e3 > self.fixed,
-            f"`ms` (={ms}) must be more than the {1e3 * self.fixed:.1f} ms that a node needs for "
-            "its own channels; allow more time, or take more nodes",
-        )
-        return ms / 1e3 - self.fixed
-
-
-def price(model: nnx.Module, images: Images, links: Link | Links, *, gmacs: float) -> Prices:
-    """Prices of a masked model's exchanges; the arguments are those of :func:`latency_budget`."""
     require(
         not hasattr(model, ASKED),
-        f"`model` (={type(model).__name__}) is split by rows, which cannot be priced yet; plan for "
-        "a latency without dj.split, or choose densities by hand",
+        f"`model` (={type(model).__name__}) is split by rows, which cannot be priced yet; plan "
+        "with cost.plan_splits before dj.split, or choose densities by hand",
     )
-    found = exchanges(model)
-    nodes = next(iter(found.values())).mesh.nodes
-    traced, links = trace(model, images), Links.of(links)
-    pairs = [links[a, b] for a in range(nodes) for b in range(nodes) if a != b] or [links.default]
-    alpha = max(link.ms for link in pairs) / 1e3
-    rate = min(link.bytes_per_second for link in pairs)
-    examples, macs = images.shape[0], _macs_per_channel(found, traced)
-    byte, calls = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
-    fixed = examples * _own_macs(found, traced, nodes) / gmacs / 1e9
-    for record in traced.exchanges:
-        if record.path in byte:
-            byte[record.path] += examples * record.positions / rate
-            calls[record.path] += 1
-        else:  # what is gathered is not for sale
-            numbers = examples * record.positions * record.shape[-1] // nodes
-            size = wire.message_bytes(numbers, record.dtype)
-            fixed += (nodes - 1) * (alpha + size / rate)
-    seconds = {p: examples * m / gmacs / 1e9 for p, m in macs.items()}
-    return Prices(nodes, byte, seconds, calls, alpha, fixed)
-
-
-def _macs_per_channel(found: Mapping[str, Any], traced: Trace) -> dict[str, float]:
-    """Multiplications of one node for one more readable channel."""
-    macs = dict.fromkeys(found, 0.0)
-    for layer in traced.layers:
-        if layer.exchange in found:
-            macs[layer.exchange] += layer.macs / found[layer.exchange].channels
-    return macs
-
-
-def _own_macs(found: Mapping[str, Any], traced: Trace, nodes: int) -> float:
-    """Multiplications of one node that hears nothing of the others."""
-    return sum(layer.macs / (nodes if layer.exchange in found else 1) for layer in traced.layers)
+    prices = Prices(model, images, Links.of(links), gmacs)
+    found, reading = exchanges(model), readers(model)
+    masked = {layer for path in found for layer, _ in reading[path]}
+    size = prices.examples * wire.BITS[wire.check_wire_dtype(wire_dtype)] / 8
+    own = sum(m / (prices.nodes if path in masked else 1) for path, m in prices.macs.items())
+    gathered = sum((prices.everywhere(path) for path in prices.gathered), start=NOTHING)
+    left = ms / 1e3 - prices.seconds([*gathered, prices.compute(own / prices.nodes)])
+    require(
+        left > 0,
+        f"`ms` (={ms}) must be more than the {ms - 1e3 * left:.1f} ms that a node needs for its "
+        "own channels; allow more time, or take more nodes",
+    )
+    channel = {}
+    for path, exchange in found.items():
+        macs = sum(prices.macs[layer] for layer, _ in reading[path]) / exchange.channels
+        sent = size * sum(prices.positions[path])
+        channel[path] = prices.seconds([0, sent, prices.compute(macs / prices.nodes)])
+    hops = (prices.nodes - 1) * sum(len(prices.positions[path]) for path in found)
+    return Latency(left, channel, prices.alpha * hops / max(1, len(found)), floor)

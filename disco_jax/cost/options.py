@@ -62,7 +62,12 @@ class Prices:
     """
 
     def __init__(
-        self, model: nnx.Module, images: Images, links: Links, gmacs: float, row_dtype: str | None
+        self,
+        model: nnx.Module,
+        images: Images,
+        links: Links,
+        gmacs: float,
+        row_dtype: str | None = None,
     ):
         self.found: dict[str, Any] = dict(modules(model))
         self.nodes = next(m.mesh.nodes for m in self.found.values() if hasattr(m, "mesh"))
@@ -80,23 +85,20 @@ class Prices:
         for layer in traced.layers:
             sharers = 1 if layer.exchange and self.found[layer.exchange].repeats else self.nodes
             self.macs[layer.path] = self.macs.get(layer.path, 0) + layer.macs * sharers
-        self.gathered: dict[str, tuple[int, str]] = {}  # numbers of a node, and their dtype
+        self.gathered: dict[str, list[tuple[int, str]]] = {}  # numbers of a node, and their dtype
         for record in traced.exchanges:
             self.positions.setdefault(record.path, []).append(record.positions)
             module = self.found[record.path]
             if isinstance(module, AllGather):
-                before, _ = self.gathered.get(record.path, (0, ""))
-                self.gathered[record.path] = (
-                    before + record.positions * module.width,
-                    record.dtype,
-                )
+                call = record.positions * module.width, record.dtype
+                self.gathered.setdefault(record.path, []).append(call)
 
     def fixed(self, units: Units) -> float:
         """Seconds of statistics, attentions and layers that nothing splits."""
         read = {path for r in units.readings for path in (r.path, *r.layers)}
         others = sum(macs for path, macs in self.macs.items() if path not in read)
-        sent = (self._everywhere(*g) for path, g in self.gathered.items() if path not in read)
-        return self.seconds([*sum(sent, start=NOTHING), self._compute(others / self.nodes)])
+        sent = (self.everywhere(path) for path in self.gathered if path not in read)
+        return self.seconds([*sum(sent, start=NOTHING), self.compute(others / self.nodes)])
 
     def options(
         self,
@@ -113,13 +115,13 @@ class Prices:
         if target == ROWS:
             sent = NOTHING if reading.held else self._rows(reading, source)
             macs = sum(self._of_band(path, reading) for path in reading.layers)
-            return Options.one(sent, self._compute(macs), self._weights(reading.layers))
+            return Options.one(sent, self.compute(macs), self._weights(reading.layers))
         held = source == ROWS and reading.held
         if worth is None or held or self.nodes == 1:
             macs = sum(self.macs[path] for path in reading.layers) / self.nodes
             kernels, biases = self._sizes(reading.layers)
             weights = (kernels + biases) / self.nodes
-            return Options.one(NOTHING, self._compute(macs), weights)
+            return Options.one(NOTHING, self.compute(macs), weights)
         return self._masked(reading, source, worth, density)
 
     def _masked(self, reading: Reading, source: str, worth: Worth, density: float) -> Options:
@@ -129,7 +131,7 @@ class Prices:
         counts = np.unique(np.linspace(first, total, min(LEVELS, total - first) + 1).astype(int))
         own = total // hops
         readable = (own + counts) / (own + total)
-        macs = self._compute(sum(self.macs[p] for p in reading.layers) / self.nodes)
+        macs = self.compute(sum(self.macs[p] for p in reading.layers) / self.nodes)
         kernels, biases = self._sizes(reading.layers)
         weights = (kernels * readable + biases) / self.nodes
         steps, losses = [], []
@@ -177,9 +179,10 @@ class Prices:
         module, by_rows = reading.module, source == ROWS and not reading.held
         numbers = math.prod(reading.shape[2:])  # of a row
         if reading.path in self.gathered:
-            count, dtype = self.gathered[reading.path]
-            band = Bands.equal(reading.shape[1], self.nodes).size if by_rows else 0
-            return self._everywhere(band * numbers or count, dtype)
+            if not by_rows:
+                return self.everywhere(reading.path)
+            (_, dtype), *_ = self.gathered[reading.path]
+            return self._to_all(Bands.equal(reading.shape[1], self.nodes).size * numbers, dtype)
         if not by_rows:
             return NOTHING
         if isinstance(module, MaxPool):
@@ -187,10 +190,14 @@ class Prices:
         if isinstance(module, Resize):  # a row from each neighbour
             return min(2, self.nodes - 1) * self._message(numbers, self._row_dtype)
         if isinstance(module, GlobalPool):
-            return self._everywhere(reading.shape[-1], "float32")
+            return self._to_all(reading.shape[-1], "float32")
         return NOTHING
 
-    def _everywhere(self, numbers: float, dtype: str) -> np.ndarray:
+    def everywhere(self, path: str) -> np.ndarray:
+        """Messages and bytes of an exchange without a mask, of a map that is split by channels."""
+        return sum((self._to_all(*call) for call in self.gathered[path]), start=NOTHING)
+
+    def _to_all(self, numbers: float, dtype: str) -> np.ndarray:
         """Messages and bytes that give what each node has to all others."""
         return (self.nodes - 1) * self._message(numbers, dtype)
 
@@ -223,7 +230,8 @@ class Prices:
                 spent, total = max(0.0, spent - computing * self.rate), total + computing
         return total
 
-    def _compute(self, macs: float) -> float:
+    def compute(self, macs: float) -> float:
+        """Seconds of so many multiplications of one node, for every image."""
         return self.examples * macs / self.gmacs / 1e9
 
     def _sizes(self, layers: Sequence[str]) -> tuple[float, float]:
