@@ -32,6 +32,10 @@ NAMES = {
     "int8": "magnitude, int8",
     "best": "assignment, cost, distillation, int8",
     "planned": "planned, int4",
+    "in training": "assignment, cost, int8 in training",
+    "rows early": "early layers by rows, late ones int8",
+    "rows early, exact": "early layers by rows, float16, no training",
+    "rows": "all layers by rows",
 }
 WITHOUT_BUDGET = ("dense", "none")
 NAMED = {

@@ -156,7 +156,8 @@ def config_of(run: Run, args: argparse.Namespace) -> ConfigDict:
     if network.epochs is not None:
         c.sparse.update(epochs=network.epochs[run.width], learning_rate=network.rate)
     changes = dict(METHODS[run.method])
-    changes.pop("planned", None)
+    for key in ("planned", "trained"):  # say how, not what
+        changes.pop(key, None)
     c.wire_dtype = changes.pop("wire_dtype", "float32")
     c.rows, c.row_dtype = changes.pop("rows", ()), changes.pop("row_dtype", None)
     with c.unlocked():
@@ -227,7 +228,7 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     job = Job(config, folder)
     start = time.perf_counter()
     job.train("dense")
-    if run.method == "one-shot":
+    if not METHODS[run.method].get("trained", True):
         sparsify.prune(job.model, job.config.sparse.density, costs=job.recipe.costs)
     else:
         job.learn()

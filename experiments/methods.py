@@ -9,6 +9,7 @@ GATES = {"gates": "hard_concrete"}
 REGROW = {"regrow": "gradient"}
 ALL = {**ASSIGN, **BY_COST, **DISTILL}
 INT8 = {"wire_dtype": "int8"}  # four times the channels for the same bytes
+FLOAT16 = {"wire_dtype": "float16", "row_dtype": "float16"}
 INT4 = {"wire_dtype": "int4", "quantise": True}  # eight times, with rounding in training
 PARTS = {"model.parts": True}  # of results, exact, instead of what the last layer reads
 ROWS = {"rows": ("",)}  # all layers that have rows
@@ -43,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all + regrown": {**ALL, **REGROW},
     "all + gates": {**ASSIGN, **DISTILL, **GATES},
     # Without labels or training.
-    "one-shot": {},
+    "one-shot": {"trained": False},
     "post-training": {"post_training": True, **ASSIGN, **BY_COST},
     "best post-training": {"post_training": True, **ASSIGN, **BY_COST, **INT8},
     # Other choices.
@@ -57,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # Split by rows: exact, without masks. Where rows come first, only what is behind has masks.
     "rows": ROWS,
     "rows early": {**EARLY, **ASSIGN, **INT8, "quantise": True, "row_dtype": "float16"},
+    "rows early, exact": {**EARLY, **FLOAT16, "trained": False},
     # For models whose last layer has few outputs.
     "parts in training": {**ASSIGN, **BY_COST, **INT8, **PARTS, "quantise": True},
 }
