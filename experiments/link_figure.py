@@ -1,6 +1,6 @@
 """Table and figure of what ``link_latency.py`` has measured.
 
-python experiments/link_figure.py [--rows=FILE.jsonl] [--out=FILE.png]
+python experiments/link_figure.py [--rows=FILE.jsonl] [--out=FILE.png] [--fronts=FILE.png]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 COSTS = Path(__file__).parent / "results" / "cost_table.json"
@@ -73,6 +74,29 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_fronts(rows: list[Row], path: Path) -> None:
+    """Latency against a node's share of the weights, a panel for each rate; ONNX has none."""
+    rows = sorted(rows, key=lambda row: row["mbit"])
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.6), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        ways = row["ways"]
+        points = {way: (found.get("memory", 1), found["ms"]) for way, found in ways.items()}
+        front = sorted({point for way, point in points.items() if way.startswith("planned")})
+        axis.plot(*zip(*front, strict=True), "o-", color="C0", label="planned")
+        others = [way for way in points if not way.startswith("planned")]
+        for i, way in enumerate(others, start=1):
+            axis.plot(*points[way], "s", color=f"C{i}", label=way)
+        axis.set(xlim=(0, 1.05), yscale="log", xlabel="of one node's weights")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.set_title(f"{row['nodes']} nodes, {row['mbit']:g} Mbit/s", fontsize=10)
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylabel("latency, ms")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
 def draw_rates(axis: Any, rows: list[Row], nodes: int) -> None:
     mine = sorted(rows, key=lambda row: row["mbit"])
     rates = [row["mbit"] for row in mine]
@@ -108,11 +132,15 @@ def draw_nodes(axis: Any, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="latency against rate, bytes against nodes")
+    parser.add_argument("--fronts", type=Path, help="latency against memory")
     args = parser.parse_args()
     rows = read(args.rows)
     for row in rows:
         show(row)
+    fronts = [row for row in rows if row["what"] == "front" and "model" not in row]
+    if args.fronts:
+        draw_fronts(fronts, args.fronts)
     if args.out:
         draw(rows, args.out)
 

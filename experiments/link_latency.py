@@ -143,12 +143,12 @@ def fronts(args: argparse.Namespace) -> None:
         make(args, plans, rate)
         at_rate = argparse.Namespace(**{**vars(args), "plans": plans, "rates": [rate]})
         rivals = [way for way in RIVALS[args.model] if way != ROWS]
-        latencies(at_rate, [*front(args.model, rate), *rivals], what="front")
+        latencies(at_rate, [*front(args.model, rate, args.nodes), *rivals], what="front")
 
 
 def make(args: argparse.Namespace, plans: Path, rate: float | None = None) -> None:
     """Plans that are not there yet, in a process of its own; those of a front have a rate."""
-    ways = WAYS[args.model] if rate is None else front(args.model, rate)
+    ways = WAYS[args.model] if rate is None else front(args.model, rate, args.nodes)
     if (plans / list(ways)[-1]).exists():
         return
     command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
@@ -255,7 +255,7 @@ def main() -> None:
     if args.host is not None:
         host(args.plans, args.model, args.nodes, args.host, args.port, args.way)
     elif args.prepare:
-        ways = front(args.model, *args.rates) if args.rates else WAYS[args.model]
+        ways = front(args.model, *args.rates, args.nodes) if args.rates else WAYS[args.model]
         prepare(args.plans, args.model, args.nodes, ways)
     else:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))

@@ -18,6 +18,7 @@ from disco_jax.cost.units import Reading, Units
 from disco_jax.cost.worth import Worth
 from disco_jax.gather import AllGather
 from disco_jax.layers import GlobalPool, MaxPool, Resize
+from disco_jax.layers.weights import dense_kernel
 from disco_jax.plan.split import CHANNELS, ROWS
 from disco_jax.trace import Images, modules, trace
 
@@ -78,6 +79,7 @@ class Prices:
         self.peak = min(link.peak_bytes_per_second for link in pairs)
         self.burst = min(link.burst for link in pairs)
         self.gmacs = gmacs / (1 + links.jitter)  # each node waits for the slower
+        self.jitter = links.jitter
         self.row_dtype, self.examples = row_dtype, images.shape[0]
         traced = trace(model, images)
         self.macs: dict[str, float] = {}  # of all nodes together, by layer
@@ -85,6 +87,8 @@ class Prices:
         for layer in traced.layers:
             sharers = 1 if layer.exchange and self.found[layer.exchange].repeats else self.nodes
             self.macs[layer.path] = self.macs.get(layer.path, 0) + layer.macs * sharers
+        with_weights = (path for path in self.macs if hasattr(self.found[path], "kernel"))
+        self.dense = {path: dense_kernel(self.found[path]) for path in with_weights}
         self.gathered: dict[str, list[tuple[int, str]]] = {}  # numbers of a node, and their dtype
         for record in traced.exchanges:
             self.positions.setdefault(record.path, []).append(record.positions)
@@ -92,6 +96,13 @@ class Prices:
             if isinstance(module, AllGather):
                 call = record.positions * module.width, record.dtype
                 self.gathered.setdefault(record.path, []).append(call)
+
+    @property
+    def alone(self) -> float:
+        """Seconds of a single node, which has no dead channels and waits for none."""
+        alive = {path: self.dense[path] / self.found[path].kernel.size for path in self.dense}
+        macs = sum(macs * alive.get(path, 1.0) for path, macs in self.macs.items())
+        return self.compute(macs) / (1 + self.jitter)
 
     def fixed(self, units: Units) -> float:
         """Seconds of statistics, attentions and layers that nothing splits."""
@@ -247,7 +258,8 @@ class Prices:
     @cached_property
     def weights(self) -> float:
         """Bytes of a single node's weights."""
-        return self._weights([path for path in self.macs if hasattr(self.found[path], "kernel")])
+        sizes = {p: size + self.found[p].out_features for p, size in self.dense.items()}
+        return sum(n * self.found[p].kernel[...].dtype.itemsize for p, n in sizes.items())
 
     @cached_property
     def _row_dtype(self) -> str:

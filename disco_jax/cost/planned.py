@@ -52,7 +52,8 @@ class Planned(Point):
       row_dtype: what rows travel in.
       choices: by path of the masked exchange.
       fixed_ms: results, and what no choice changes.
-      alternatives: by name, the fastest if all layers are split one way, whatever the memory.
+      alternatives: by name, the fastest if all layers are split one way, whatever the memory, and
+        one node that works alone.
       front: the fastest of other limits of memory.
 
     ``rows`` and ``row_dtype`` go to ``dj.split``; ``rules`` to ``prune`` or ``sparse_exchange``;

@@ -83,7 +83,7 @@ def plan_splits(
     assert found is not None
     if not rows:
         return space.planned(found, {}, ())
-    alternatives: dict[str, Point] = {}
+    alternatives = {"one node alone": Point(1e3 * prices.alone, 1.0, 1.0)}
     limits.pop(WEIGHTS, None)
     for name, split in (("channels only", CHANNELS), ("rows where there are any", ROWS)):
         other = space.least(space.only(split), SECONDS, limits)

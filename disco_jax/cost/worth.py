@@ -49,13 +49,13 @@ class Worth:
 
 def worths(model: nnx.Module, images: Images, dtypes: Sequence[str]) -> dict[str, Worth]:
     """Of every masked exchange; ``images`` as for ``plan_splits``."""
-    noise = {dtype: rounding_noise(model, images, dtype) for dtype in dtypes}
+    noise = rounding_noise(model, images, dtypes)
     found = readers(model)
     worth = {}
     for path, exchange in exchanges(model).items():
         kernels = [np.asarray(layer.kernel[...]) for _, layer in found[path]]
         columns = column_shares(kernels, exchange.mesh.nodes)
-        worth[path] = Worth(columns, {dtype: noise[dtype][path] for dtype in noise})
+        worth[path] = Worth(columns, noise[path])
     return worth
 
 
@@ -78,23 +78,36 @@ def column_shares(
     return np.sort(columns)[::-1] / max(energy.sum(), np.finfo(energy.dtype).tiny)
 
 
-def rounding_noise(model: nnx.Module, images: Images, dtype: str) -> dict[str, float]:
-    """Energy of what rounding changes as a share of what it is given, for every exchange."""
+def rounding_noise(
+    model: nnx.Module, images: Images, dtypes: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Energy of what rounding to each wire dtype changes as a share of what an exchange is given.
+
+    By exchange and wire dtype.
+    """
     paths = list(exchanges(model))
     if isinstance(images, jax.ShapeDtypeStruct):
-        # Steps of 6 σ / (2^bits - 1), errors uniform within a step, and E x² = σ².
-        levels = 2 ** wire.BITS[dtype] - 1
-        noise = (6 / levels) ** 2 / 12 if wire.calibrated(dtype) else 0.0
-        return dict.fromkeys(paths, noise)
-    found = wire_scales(model, images, dict.fromkeys(paths, dtype))
+        return {
+            path: dict(zip(dtypes, map(_expected_noise, dtypes), strict=True)) for path in paths
+        }
+    found = {dtype: wire_scales(model, images, dict.fromkeys(paths, dtype)) for dtype in dtypes}
     scales = jax.tree.map(jnp.asarray, found)
 
-    def noise_of(inputs: dict[str, list[Array]]) -> dict[str, Array]:
-        shares = {}
-        for path, xs in inputs.items():
-            x = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in xs])
-            change = wire.rounded(x, dtype, scales.get(path)) - x
-            shares[path] = jnp.sum(change**2) / jnp.maximum(jnp.sum(x**2), 1e-30)
-        return shares
+    def noise_of(inputs: dict[str, list[Array]]) -> dict[str, dict[str, Array]]:
+        return {
+            path: {d: share(xs, d, scales[d].get(path)) for d in dtypes}
+            for path, xs in inputs.items()
+        }
+
+    def share(xs: list[Array], dtype: str, scale: Array | None) -> Array:
+        x = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in xs])
+        change = wire.rounded(x, dtype, scale) - x
+        return jnp.sum(change**2) / jnp.maximum(jnp.sum(x**2), 1e-30)
 
     return jax.tree.map(float, observe(model, noise_of)(model, images))
+
+
+def _expected_noise(dtype: str) -> float:
+    """Of the positive halves of normal distributions, in steps of 6 σ / (2^bits - 1)."""
+    levels = 2 ** wire.BITS[dtype] - 1  # errors are uniform within a step, and E x² = σ²
+    return (6 / levels) ** 2 / 12 if wire.calibrated(dtype) else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +76,13 @@ def distribute_weights(layer: Any, c_in: int, c_out: int, *, alone: bool = False
         layer.bias.set_value(layer.mesh.put(pad_axis(layer.bias[...], c_out, -1), columns))
     if isinstance(layer.exchange, Exchange):
         note_exchange(layer, OWN if alone else UNNAMED)
+
+
+def dense_kernel(layer: Any) -> int:
+    """Numbers of a layer's kernel without those of dead channels."""
+    window = layer.kernel.shape[-2 - len(getattr(layer, "kernel_size", ())) : -2]
+    groups = getattr(layer, "feature_group_count", 1)
+    return math.prod(window) * (layer.in_features // groups) * layer.out_features
 
 
 def note_exchange(layer: Any, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from flax import nnx
 from disco_jax.bands import Bands
 from disco_jax.gather import AllGather
 from disco_jax.layers.attention import DotProductAttention
+from disco_jax.layers.weights import dense_kernel
 from disco_jax.plan.frozen import mesh_of
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan, LayerPlan
 from disco_jax.plan.split import CHANNELS
@@ -41,9 +41,7 @@ def _layer_plan(layer: Any, records: Sequence[LayerRecord]) -> LayerPlan:
     if isinstance(layer, DotProductAttention):
         alone = sum(layer.macs(r.positions, layer.features) for r in records)
         return LayerPlan(records[0].path, "", sum(r.macs for r in records), alone, 0, 0)
-    window = layer.kernel.shape[-2 - len(getattr(layer, "kernel_size", ())) : -2]
-    groups = getattr(layer, "feature_group_count", 1)
-    dense = math.prod(window) * (layer.in_features // groups) * layer.out_features
+    dense = dense_kernel(layer)
     kernel, bias = layer.kernel.size, 0 if layer.bias is None else layer.bias.size
     if layer.exchange.split_axis is not None:  # else every node holds all of it
         kernel //= layer.mesh.nodes
