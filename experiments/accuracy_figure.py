@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,13 @@ def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
     panels = sorted({group[:3] for group in groups})
     if not panels:
         raise SystemExit(f"no method has {SEEDS} seeds yet: there is nothing to draw")
-    names = {panel[0] for panel in panels}
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 4), sharey=len(names) == 1
-    )
-    axes = np.atleast_1d(axes)
-    for axis, (name, width, nodes) in zip(axes, panels, strict=True):
+    high = math.ceil(len(panels) / 4)
+    wide = math.ceil(len(panels) / high)
+    figure, axes = plt.subplots(high, wide, figsize=(4 * wide, 3.4 * high + 0.7), squeeze=False)
+    axes = axes.flat
+    for spare in axes[len(panels) :]:
+        spare.remove()
+    for axis, (name, width, nodes) in zip(axes, panels, strict=False):
         mine = {k[3:]: v for k, v in groups.items() if k[:3] == (name, width, nodes)}
         draw_panel(axis, mine, shown)
         right = np.mean([v for k, v in dense(rows).items() if k[:2] == (name, width)])
@@ -111,15 +113,14 @@ def draw(rows: list[Row], path: Path, shown: list[str]) -> None:
         most = max(found[0]["dense_traffic"] for found in mine.values())
         axis.plot(most / 1e3, right, "*", color="black", markersize=10)
         axis.set_title(f"{NAMED[name]}, width {width}, {nodes} nodes", fontsize=10)
-        if axis is axes[0] or len(names) > 1:
-            axis.set_ylabel(f"test {METRICS.get(name, 'accuracy, %')}")
+        axis.set_ylabel(f"test {METRICS.get(name, 'accuracy, %')}")
     lines = {
         label: line
-        for a in axes
+        for a in figure.axes
         for line, label in zip(*a.get_legend_handles_labels(), strict=True)
     }
     figure.legend(lines.values(), lines, loc="lower center", ncols=4, fontsize=9)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.14 / high, 1, 1))
     figure.savefig(path, dpi=150)
 
 

@@ -77,22 +77,24 @@ def draw(rows: list[Row], path: Path) -> None:
 def draw_fronts(rows: list[Row], path: Path) -> None:
     """Latency against a node's share of the weights, a panel for each rate; ONNX has none."""
     rows = sorted(rows, key=lambda row: row["mbit"])
+    others = dict.fromkeys(w for row in rows for w in row["ways"] if not w.startswith("planned"))
     figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.6), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         ways = row["ways"]
         points = {way: (found.get("memory", 1), found["ms"]) for way, found in ways.items()}
         front = sorted({point for way, point in points.items() if way.startswith("planned")})
         axis.plot(*zip(*front, strict=True), "o-", color="C0", label="planned")
-        others = [way for way in points if not way.startswith("planned")]
         for i, way in enumerate(others, start=1):
-            axis.plot(*points[way], "s", color=f"C{i}", label=way)
+            if way in points:
+                axis.plot(*points[way], "s", color=f"C{i}", label=way)
         axis.set(xlim=(0, 1.05), yscale="log", xlabel="of one node's weights")
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.set_title(f"{row['nodes']} nodes, {row['mbit']:g} Mbit/s", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("latency, ms")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=9)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(lines.values(), lines, loc="lower center", ncols=6, fontsize=9)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=150)
 
