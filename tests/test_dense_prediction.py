@@ -33,7 +33,6 @@ CASES = {
 QUICK = [
     ("ssd300", 2),
     ("ssd_resnet18", 4),
-    ("deeplabv3_resnet50", 2),
     ("deeplabv3_resnet18", 3),
     ("lraspp_resnet18", 2),
     ("edsr", 3),

@@ -1,5 +1,6 @@
 """Maps split by rows: every exchange and layer equals the plain one, on devices and emulated."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -130,19 +131,11 @@ NETWORKS = {
 }
 
 
-LARGE = (
-    "resnet50",
-    "mobilenet_v2",
-    "deeplabv3_resnet18",
-    "lraspp_resnet18",
-    "vgg16",
-)  # with three nodes, quickly
+SMALL = ("resnet8", "edsr", "rcan")
+QUICK = [(name, 2) for name in SMALL] + [(name, 3) for name in NETWORKS if name != "resnet50"]
 CASES = [
-    pytest.param(
-        name, nodes, marks=[pytest.mark.slow] * (nodes == 4 or (nodes == 2 and name in LARGE))
-    )
-    for name in NETWORKS
-    for nodes in (2, 3, 4)
+    pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+    for case in itertools.product(NETWORKS, (2, 3, 4))
 ]
 
 
@@ -233,7 +226,7 @@ def test_a_share_computes_its_rows(rows, emulate):
     assert str(frozen.plan).count(" rows ") > 5
 
 
-@pytest.mark.parametrize("wire_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("wire_dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_integers_from_rows_to_channels(wire_dtype, tmp_path):
     """Training rounds what the packed model rounds: own channels too, where they come in bands.
 
