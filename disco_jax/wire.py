@@ -7,8 +7,6 @@ range for every channel that both ends know, so that only the codes travel, two 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +60,7 @@ def encode(
 ) -> Shaped[Array, "b ..."]:
     """Converts what is computed to what travels; integers need a ``scale``, and clip.
 
-    An example of int4 is one row of bytes, its first half in their lower bits.
+    Of int4 two share a byte.
     """
     if scale is None:
         x = x.astype(wire_dtype)
@@ -71,10 +69,7 @@ def encode(
     code = jnp.clip(jnp.round((x - scale[0]) / scale[1]), 0, last)
     if wire_dtype == "int8":
         return (code - 128).astype(jnp.int8)
-    row = code.astype(jnp.uint8).reshape(len(code), -1)
-    half = -(-row.shape[1] // 2)
-    second = jnp.pad(row[:, half:], ((0, 0), (0, 2 * half - row.shape[1])))
-    return row[:, :half] | (second << 4)
+    return _pack(code.astype(jnp.uint8))
 
 
 def decode(
@@ -97,11 +92,7 @@ def decode(
         if wire_dtype == "bfloat16":
             y = jax.lax.bitcast_convert_type(y, jnp.bfloat16)
         return y.astype(like.dtype)
-    if wire_dtype == "int4":
-        row = jnp.concatenate([y & 15, y >> 4], 1)[:, : math.prod(like.shape[1:])]
-        code = row.reshape(like.shape).astype(jnp.float32)
-    else:
-        code = y.astype(jnp.float32) + 128
+    code = _unpack(y, like.shape) if wire_dtype == "int4" else y.astype(jnp.float32) + 128
     return (code * scale[1] + scale[0]).astype(like.dtype)
 
 
@@ -117,3 +108,28 @@ def rounded(
     if scale is not None:
         kept = jnp.clip(x, scale[0], scale[0] + (levels(wire_dtype) - 1) * scale[1])
     return kept + jax.lax.stop_gradient(arrived - kept)
+
+
+def _pack(code: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
+    """Two codes in a byte: half of an example in the lower bits, the other in the upper.
+
+    Halves along an axis, for XLA:CPU divides for each number of a map that is read as one row.
+    """
+    axis = _even_axis(code.shape)
+    if axis is None:
+        code, axis = jnp.pad(code.reshape(len(code), -1), ((0, 0), (0, 1))), 1
+    lower, upper = jnp.split(code, 2, axis)
+    return lower | upper << 4
+
+
+def _unpack(y: Shaped[Array, "b ..."], shape: tuple[int, ...]) -> Shaped[Array, "b ..."]:
+    """The inverse of :func:`_pack`, for codes of a shape."""
+    axis = _even_axis(shape)
+    if axis is None:
+        return jnp.concatenate([y & 15, y >> 4], 1)[:, :-1].reshape(shape)
+    return jnp.concatenate([y & 15, y >> 4], axis)
+
+
+def _even_axis(shape: tuple[int, ...]) -> int | None:
+    """The last axis of an example that has two halves."""
+    return next((i for i in range(len(shape) - 1, 0, -1) if shape[i] % 2 == 0), None)

@@ -61,6 +61,15 @@ def test_ranges_and_wire_dtypes_can_be_chosen_anew():
     assert {e.wire_dtype for e in plan.exchanges if e.hops} == {"float16"}
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (2, 4, 6, 5), (2, 6, 3, 5), (2, 3, 5, 7), (2, 7)])
+def test_int4_of_any_shape(shape):
+    codes = np.random.default_rng(0).integers(16, size=shape).astype(np.float32)
+    scale = wire.scale(jnp.zeros(shape[-1]), jnp.full(shape[-1], 15.0), "int4")
+    sent = wire.encode(jnp.asarray(codes), "int4", scale)
+    assert sent.nbytes == 2 * wire.message_bytes(codes[0].size, "int4")
+    np.testing.assert_array_equal(wire.decode(sent, "int4", codes, scale), codes)
+
+
 def test_int4_puts_two_channels_in_a_byte():
     layer = dj.layers.Dense(6, 6, mesh=dj.NodeMesh(2, emulate=False), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 6)), jnp.float32)
