@@ -98,7 +98,7 @@ def predict(
     )
     if compute_ms is None:
         assert gmacs is not None
-        compute_ms = examples * plan.macs_per_node / gmacs / 1e6
+        compute_ms = examples * (plan.macs_per_node + _packing_macs(plan)) / gmacs / 1e6
     buckets = _Buckets(Links.of(links))
     share = compute_ms / 1e3 / max(1, plan.macs_per_node)
     for _ in range(2):  # the second time finds the buckets as the first has left them
@@ -117,6 +117,14 @@ def predict(
             for e in plan.exchanges
         ),
         compute_ms,
+    )
+
+
+def _packing_macs(plan: CommunicationPlan) -> float:
+    """Multiplications in whose time a node packs what it sends, and unpacks what it is sent."""
+    return sum(
+        wire.PACKING_MACS.get(e.wire_dtype, 0) * e.traffic_bytes(plan.nodes) / plan.nodes
+        for e in plan.exchanges
     )
 
 

@@ -157,7 +157,8 @@ class Prices:
                 else:
                     messages = messages + np.minimum(counts, hops)
                     sent = sent + counts * positions * size
-            steps.append(np.stack([messages, sent, macs * readable]))
+            packing = self.compute(wire.PACKING_MACS.get(dtype, 0)) / self.examples  # of a byte
+            steps.append(np.stack([messages, sent, macs * readable + packing * sent]))
             losses.append(worth.loss(counts, dtype, rounds_own=source == ROWS))
         loss, many = np.concatenate(losses), len(worth.noise)
         # Coarse numbers need more columns for as much; if all are not enough, the best has to do.
