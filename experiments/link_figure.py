@@ -23,18 +23,20 @@ Row = dict[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """The newest row of each network, kind, number of nodes, rate and share of a core."""
+    """The newest row of each network, kind, number of nodes, hosts and rate."""
     newest = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         key = row.get("model", RESNET), row["what"], row["nodes"]
-        newest[*key, row.get("mbit", 0), row.get("cpu", 1)] = row
+        hosts = row.get("gmacs", 0), row.get("cpu", 1)
+        newest[*key, *hosts, row.get("mbit", 0)] = row
     return [newest[key] for key in sorted(newest)]
 
 
 def show(row: Row) -> None:
     rate = f", {row['mbit']:g} Mbit/s" if "mbit" in row else ""
     share = f", {row['cpu']:g} of a core each" if "cpu" in row else ""
+    share += f", {row['gmacs']:g} GMAC/s a core" if "gmacs" in row else ""
     print(f"\n{row.get('model', RESNET)}: {row['what']}, {row['nodes']} nodes{rate}{share}")
     if row["what"] == "memory":
         alone = row["above"]["one host"]
@@ -75,28 +77,39 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def draw_fronts(rows: list[Row], path: Path) -> None:
-    """Latency against a node's share of the weights, a panel for each rate; ONNX has none."""
-    rows = sorted(rows, key=lambda row: row["mbit"])
-    others = dict.fromkeys(w for row in rows for w in row["ways"] if not w.startswith("planned"))
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.6), squeeze=False)
-    for axis, row in zip(axes[0], rows, strict=True):
-        ways = row["ways"]
-        points = {way: (found.get("memory", 1), found["ms"]) for way, found in ways.items()}
-        front = sorted({point for way, point in points.items() if way.startswith("planned")})
-        axis.plot(*zip(*front, strict=True), "o-", color="C0", label="planned")
-        for i, way in enumerate(others, start=1):
-            if way in points:
-                axis.plot(*points[way], "s", color=f"C{i}", label=way)
-        axis.set(xlim=(0, 1.05), yscale="log", xlabel="of one node's weights")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-        axis.set_title(f"{row['nodes']} nodes, {row['mbit']:g} Mbit/s", fontsize=10)
-        axis.grid(alpha=0.3, which="both")
-    axes[0, 0].set_ylabel("latency, ms")
-    lines = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    """Latency against a share of the weights: a line of panels for each kind of hosts."""
+    kinds: dict[tuple[int, float], list[Row]] = {}
+    for row in rows:  # by rate
+        kinds.setdefault((row["nodes"], row["gmacs"] * row.get("cpu", 1)), []).append(row)
+    ways = dict.fromkeys(w for row in rows for w in row["ways"] if not w.startswith("planned"))
+    size = len(kinds), max(map(len, kinds.values()))
+    figure, axes = plt.subplots(*size, figsize=(3 * size[1], 2.9 * size[0]), squeeze=False)
+    for line, ((nodes, gmacs), found) in zip(axes, kinds.items(), strict=True):
+        for axis in line[len(found) :]:
+            axis.axis("off")
+        for axis, row in zip(line, found, strict=False):
+            draw_front(axis, row["ways"], list(ways))
+            title = f"{nodes} nodes of {gmacs:g} GMAC/s\n{row['mbit']:g} Mbit/s"
+            axis.set_title(title, fontsize=10)
+        line[0].set_ylabel("latency, ms")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
     figure.legend(lines.values(), lines, loc="lower center", ncols=6, fontsize=9)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, dpi=150)
+    figure.tight_layout(rect=(0, 0.12 / size[0], 1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def draw_front(axis: Any, found: dict[str, Row], ways: list[str]) -> None:
+    """Planned points, joined, and the others; ONNX says nothing of its weights."""
+    points = {way: (one.get("memory", 1), one["ms"]) for way, one in found.items()}
+    front = sorted({point for way, point in points.items() if way.startswith("planned")})
+    axis.plot(*zip(*front, strict=True), "o-", color="C0", label="planned")
+    for i, way in enumerate(ways, start=1):
+        if way in points:
+            axis.plot(*points[way], "s", color=f"C{i}", label=way, markersize=5)
+    axis.set(xlim=(0, 1.05), yscale="log", xlabel="of one node's weights")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axis.grid(alpha=0.3, which="both")
 
 
 def draw_rates(axis: Any, rows: list[Row], nodes: int) -> None:

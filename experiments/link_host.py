@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -67,7 +66,7 @@ NOTHING = "nothing"
 MEMORIES = (0.36, 0.55, 1.0)  # shares of the weights that a front has plans for
 
 
-def front(network: str, mbit: float, nodes: int) -> dict[str, dict[str, Any]]:
+def front(network: str, mbit: float, gmacs: float) -> dict[str, dict[str, Any]]:
     """The ways that are fastest on a link, of as much energy as density 0.2 keeps, and rivals."""
     # As `measure_links` finds it behind the bucket of `slow_link.py`.
     link = {
@@ -77,7 +76,6 @@ def front(network: str, mbit: float, nodes: int) -> dict[str, dict[str, Any]]:
         "peak_mbit": 80_000,
         "jitter": 0.2,
     }
-    gmacs = 41 * min(1, os.cpu_count() / nodes)  # hosts may have to share cores
     wanted = {"link": link, "gmacs": gmacs, "density": 0.2}
     options = {"options": OPTIONS[network] | RESULT if network != "resnet50" else {}}
     ways: dict[str, dict[str, Any]] = {
@@ -107,6 +105,7 @@ def prepare(directory: Path, network: str, nodes: int, ways: dict[str, dict[str,
 
     x = image(network)
     dj.freeze(create(1), x).save(directory / ALONE)
+    made: dict[Any, str] = {}
     for name, way in ways.items():
         model = create(nodes, **way.get("options", {}))
         wires = way.get("wire_dtype", "float32")
@@ -117,6 +116,10 @@ def prepare(directory: Path, network: str, nodes: int, ways: dict[str, dict[str,
             planned = dj.cost.plan_splits(model, x, link, **wanted)
             print(f"{name}:\n{planned}", flush=True)
             rows, row_dtype, wires = planned.rows, planned.row_dtype, planned.wire_rules
+            same = made.setdefault(repr((rows, planned.rules, wires)), name)
+            if same != name:
+                (directory / name).symlink_to(same)
+                continue
         dj.split(model, x, rows, wire_dtype=row_dtype)
         if "plan" in way and planned.rules:
             dj.sparsify.prune(model, 0.0, rules=planned.rules)

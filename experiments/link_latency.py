@@ -27,13 +27,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import slow_link
 from link_host import ANSWER, BEST, NOTHING, ONNX, RIVALS, ROWS, WAYS, front, host, prepare
 
-Rows = dict[str, dict[str, float]]
+Rows = dict[str, dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "link_latency.jsonl"
 
 
@@ -142,22 +144,38 @@ def fronts(args: argparse.Namespace) -> None:
         plans = args.plans / f"front-{rate:g}"
         make(args, plans, rate)
         at_rate = argparse.Namespace(**{**vars(args), "plans": plans, "rates": [rate]})
+        planned = list(front(args.model, rate, speed(args)))
+        same = {way: os.readlink(plans / way) for way in planned if (plans / way).is_symlink()}
         rivals = [way for way in RIVALS[args.model] if way != ROWS]
-        latencies(at_rate, [*front(args.model, rate, args.nodes), *rivals], what="front")
+        ways = [way for way in (*planned, *rivals) if way not in same]
+        latencies(at_rate, ways, what="front", same=same)
+
+
+def speed(args: argparse.Namespace) -> float:
+    """Multiplications of a host in 10⁹ a second; hosts may have to share cores."""
+    return args.gmacs * min(args.cpu, os.cpu_count() / args.nodes)
 
 
 def make(args: argparse.Namespace, plans: Path, rate: float | None = None) -> None:
     """Plans that are not there yet, in a process of its own; those of a front have a rate."""
-    ways = WAYS[args.model] if rate is None else front(args.model, rate, args.nodes)
+    ways = WAYS[args.model]
+    if rate is not None:
+        ways = front(args.model, rate, speed(args))
     if (plans / list(ways)[-1]).exists():
         return
     command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
-    command += [f"--model={args.model}", f"--plans={plans}", "--rates"]
+    command += [f"--model={args.model}", f"--plans={plans}"]
+    command += [f"--gmacs={args.gmacs}", f"--cpu={args.cpu}", "--rates"]
     subprocess.run([*command, *([] if rate is None else [str(rate)])], check=True)
 
 
-def latencies(args: argparse.Namespace, ways: list[str], what: str = "latency") -> None:
-    """One line for each rate."""
+def latencies(
+    args: argparse.Namespace,
+    ways: list[str],
+    what: str = "latency",
+    same: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """One line for each rate; ways that are the same as others are not measured again."""
     every = {way: Hosts(args, way) for way in ways}
     ours = [way for way, hosts in every.items() if hosts.ours]
     differences = {way: max(every[way].ask("difference")) for way in ours}
@@ -168,7 +186,9 @@ def latencies(args: argparse.Namespace, ways: list[str], what: str = "latency") 
         for way in ours:
             found[way]["difference"] = differences[way]
         predict(found, ours, args.plans, link, rate)
-        write(args, {"what": what, "mbit": rate, "link": link, "ways": found})
+        found |= {way: {**found[other], "same_as": other} for way, other in same.items()}
+        hosts = {"gmacs": args.gmacs} if what == "front" else {}
+        write(args, {"what": what, "mbit": rate, **hosts, "link": link, "ways": found})
     for hosts in every.values():
         hosts.close()
 
@@ -241,6 +261,9 @@ def main() -> None:
     parser.add_argument("--model", choices=WAYS, default="resnet50")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpu", type=float, default=1.0, help="share of a core that a host has")
+    parser.add_argument(
+        "--gmacs", type=float, default=41, help="of a core, 10⁹ a second: for a front's plans"
+    )
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--what", nargs="+", default=["latency", "memory", "streams"])
     parser.add_argument("--plans", type=Path, help="where to keep the plans; in runs/")
@@ -255,7 +278,9 @@ def main() -> None:
     if args.host is not None:
         host(args.plans, args.model, args.nodes, args.host, args.port, args.way)
     elif args.prepare:
-        ways = front(args.model, *args.rates, args.nodes) if args.rates else WAYS[args.model]
+        ways = WAYS[args.model]
+        if args.rates:
+            ways = front(args.model, *args.rates, speed(args))
         prepare(args.plans, args.model, args.nodes, ways)
     else:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))
