@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,13 +30,15 @@ flags.DEFINE_float("timeout", 60, "Several hosts: seconds after which a silent o
 flags.DEFINE_string("images", None, "serve: a folder, or - for a path on each line of stdin.")
 flags.DEFINE_integer("batch_size", 1, "serve: images at a time.", 1)
 flags.DEFINE_string("output", None, "serve: a folder for masks or enlarged images.")
+flags.DEFINE_boolean("overwrite", True, "serve: whether pictures may replace older ones.")
 flags.DEFINE_boolean("supervise", False, "serve: start again when a node is lost.")
 flags.DEFINE_integer("restarts", 10, "supervise: how often.", 0)
 
 HOSTS = ("coordinator", "num_nodes", "node_id", "interface", "timeout")
+FILES = ("images", "output", "overwrite")
 FOR_MODES = {
     **dict.fromkeys(HOSTS, ("serve", "profile")),
-    **dict.fromkeys(("images", "batch_size", "output", "supervise", "restarts"), ("serve",)),
+    **dict.fromkeys((*FILES, "batch_size", "supervise", "restarts"), ("serve",)),
 }
 
 
@@ -77,16 +81,18 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _values(names: Iterable[str]) -> dict[str, Any]:
+    return {name: FLAGS[name].value for name in names}
+
+
 def dispatch(argv: list[str]) -> int:
     """Runs the chosen mode, and returns the exit code."""
     workdir = Path(FLAGS.workdir or Path("runs") / FLAGS.config.name)
-    hosts = {name: FLAGS[name].value for name in HOSTS}
+    hosts = _values(HOSTS)
     if FLAGS.supervise:
         return serving.supervise(argv, FLAGS.images, hosts, FLAGS.restarts, FLAGS.batch_size)
     if FLAGS.mode == "serve":
-        return serving.serve(
-            FLAGS.config, workdir, FLAGS.images, hosts, FLAGS.batch_size, FLAGS.output
-        )
+        return serving.serve(FLAGS.config, workdir, hosts, FLAGS.batch_size, **_values(FILES))
     if FLAGS.mode == "profile":
         return serving.profile(FLAGS.config, workdir, hosts)
     if FLAGS.mode == "report":

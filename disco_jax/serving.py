@@ -34,14 +34,16 @@ Hosts = dict[str, Any]  # the arguments of ``runtime.connect``
 def serve(
     config: ConfigDict,
     workdir: Path,
-    images: str | None,
     hosts: Hosts,
     batch: int,
+    images: str | None,
     output: str | None = None,
+    overwrite: bool = True,
 ) -> int:
     """Says what is in every image: a line of JSON for each on stdout of node 0.
 
-    Pictures, masks or enlarged images, go to the folder ``output``.
+    Pictures, masks or enlarged images, go to the folder ``output``; with ``overwrite`` they replace
+    those of an earlier run.
     """
     preprocess, folder = evaluation(config), None if output is None else Path(output)
     if folder is not None:
@@ -56,7 +58,7 @@ def serve(
     with _loaded(workdir, hosts, facts) as (frozen, peers):
         classes = json.loads(getattr(frozen.model, "config", "{}")).get("num_classes", 0)
         task = tasks.of(config, classes)
-        session = runtime.Session(frozen, preprocess, peers, batch, task, folder)
+        session = runtime.Session(frozen, preprocess, peers, batch, task, folder, overwrite)
         if peers.node == 0:
             for answer in session.answers(paths):
                 say(json.dumps(answer))
@@ -85,7 +87,8 @@ def supervise(argv: list[str], images: str | None, hosts: Hosts, restarts: int, 
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # not without the child
-    return Supervisor(command, paths, _stdout(), restarts=restarts, ahead=2 * batch + 16).run()
+    limits = {"restarts": restarts, "ahead": 2 * batch + 16}
+    return Supervisor(command, paths, _stdout(), **limits, again=["--nooverwrite"]).run()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,14 @@ def test_no_items_are_no_reason_to_fail():
     assert run(99, "killed", items=[]) == (0, [])
 
 
+def test_a_command_is_told_that_it_is_started_again():
+    told = "import os, sys\nfor line in sys.stdin: print(line.strip(), *sys.argv[1:]); os._exit(3)"
+    command, said = [sys.executable, "-uc", told], []
+    again = ["--go-on"]
+    Supervisor(command, ["a", "b"], said.append, restarts=2, ahead=2, again=again).run()
+    assert said == ["a", "b --go-on"]
+
+
 def test_wrong_use_is_not_tried_again():
     assert run(2, "2") == (2, ["ITEM 0", "ITEM 1"])
 

@@ -108,6 +108,28 @@ def test_a_mask_is_of_the_image_alone(photo, tmp_path):
         assert answer["shares"] == {str(c): round(s, 4) for c, s in enumerate(shares) if s}
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_pictures_of_an_earlier_session_are_replaced_or_kept(photo, tmp_path, overwrite):
+    path, pixels = photo
+    model, output = frozen_model("segmentation", pixels), tmp_path / "pictures"
+    output.mkdir()
+    written = []
+    for _ in range(2):
+        with runtime.connect() as peers:
+            session = runtime.Session(
+                model,
+                Preprocess(64, (), *GREY),
+                peers,
+                task=TASKS["segmentation"],
+                output=output,
+                overwrite=overwrite,
+            )
+            written += [Path(a["written"]).name for a in session.answers([str(path)] * 2)]
+    first = [f"{path.stem}.png", f"{path.stem}-2.png"]
+    later = first if overwrite else [f"{path.stem}-3.png", f"{path.stem}-4.png"]
+    assert written == first + later
+
+
 def test_batches_of_any_size_are_refused(photo):
     frozen = frozen_model("super_resolution", photo[1])
     with runtime.connect() as peers, pytest.raises(DiscoError, match=r"`batch_size` .*must be 1"):

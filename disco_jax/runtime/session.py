@@ -64,6 +64,7 @@ class Session:
       task: what is said of an image, its class by default.
       output: where pictures go (masks, enlarged images), as PNG files of the images' names,
         numbered from the second of a name on.
+      overwrite: whether files that were there before this session may be replaced.
 
     Raises:
       DiscoError: if there are other than 1 or 3 channels, or batches of images of any size.
@@ -77,6 +78,7 @@ class Session:
         batch_size: int = 1,
         task: Task | None = None,
         output: Path | None = None,
+        overwrite: bool = True,
     ):
         channels, size = len(preprocess.mean), preprocess.size
         require(
@@ -90,6 +92,7 @@ class Session:
         self._preprocess, self._peers = preprocess, peers
         self._task, self._output = task or Classification(), output
         self._written: set[Path] = set()
+        self._overwrite = overwrite
         self._program = Program(Answers(frozen.model, frozen.mesh, self._task))
         self._shape = (batch_size, size, size, channels)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
@@ -158,7 +161,9 @@ class Session:
     def _new(self, folder: Path, stem: str) -> Path:
         """A file that this session has not written: images of several folders may share a name."""
         names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-        file = next(f for f in (folder / f"{name}.png" for name in names) if f not in self._written)
+        files = (folder / f"{name}.png" for name in names)
+        taken = self._written.__contains__ if self._overwrite else Path.exists
+        file = next(itertools.filterfalse(taken, files))
         self._written.add(file)
         return file
 

@@ -29,6 +29,7 @@ class Supervisor:
       say: called with each answer, in order.
       restarts: how often to start again.
       ahead: how many items the process may have before it answers them; at least its batch.
+      again: arguments that the command has from its second start on.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Supervisor:
         *,
         restarts: int,
         ahead: int,
+        again: Sequence[str] = (),
     ):
-        self._command, self._items, self._say = command, items, say
+        self._command, self._items, self._say = [*command], items, say
+        self._again = again
         self._restarts = restarts
         self._unanswered: deque[str] = deque()
         self._room = threading.Semaphore(ahead)
@@ -54,7 +57,7 @@ class Supervisor:
         for restart in range(self._restarts + 1):
             if restart:
                 time.sleep(min(2.0 ** (restart - 2), LONGEST_PAUSE))
-            code = self._run_once()
+            code = self._run_once([*self._command, *(self._again if restart else ())])
             if code >= 0 and code != EXIT_CODE:
                 return code
             print(
@@ -64,8 +67,8 @@ class Supervisor:
             )
         return code if code >= 0 else 128 - code
 
-    def _run_once(self) -> int:
-        process = self._start()
+    def _run_once(self, command: Sequence[str]) -> int:
+        process = self._start(command)
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -82,10 +85,10 @@ class Supervisor:
             with self._lock, contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
         with self._lock:
-            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe)
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
             self._give(*self._unanswered)
             return self._process
 
