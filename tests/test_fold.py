@@ -94,3 +94,16 @@ def test_the_masked_model_keeps_its_norms():
     assert isinstance(model.m, dj.layers.BatchNorm)
     after = nnx.to_pure_dict(nnx.state(model))
     assert (np.asarray(before["a"]["kernel"]) == np.asarray(after["a"]["kernel"])).all()
+
+
+def test_layers_that_share_a_kernel_keep_it():
+    """What one normalisation does to it the other layer must not see."""
+    wire = lambda s, x: nnx.relu(s.m(s.a(x))) + jnp.tanh(s.n(s.b(x)))  # noqa: E731
+    for mesh in meshes(2):
+        model = Net(mesh, wire)
+        model.b = dj.layers.Conv(4, 8, (3, 3), mesh=mesh, use_bias=False, rngs=nnx.Rngs(1))
+        model.b.kernel = model.a.kernel
+        randomize(model)
+        x = images(2, 5, 5, 4)
+        assert foldable(model, x) == {}
+        close(dj.freeze(model, x)(x), dj.plan.Program(model)(x), 1e-5)

@@ -333,3 +333,25 @@ def test_rows_need_weights_that_every_node_has():
     expected = model(x)
     dj.split(model, x, [""])
     close(dj.freeze(model, x)(x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("reader", ["depthwise", "parts"])
+def test_own_channels_are_not_read_of_rows(reader):
+    mesh, rngs = dj.NodeMesh(2, emulate=True), nnx.Rngs(0)
+    options = {
+        "depthwise": {"feature_group_count": 4},
+        "parts": {"exchange": dj.Parts(4, mesh=mesh)},
+    }
+    conv = partial(dj.layers.Conv, 4, 4, (3, 3), mesh=mesh, rngs=rngs)
+    model = nnx.Sequential(conv(), conv(**options[reader]))
+    with pytest.raises(dj.DiscoError, match=r"`layers.1` reads a node's own channels alone"):
+        dj.split(model, jnp.ones((1, 7, 8, 4)), [r"layers\.0"])
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_the_mean_over_rows_does_not_overflow(emulate):
+    mesh, height = dj.NodeMesh(2, emulate=emulate), 63
+    pool, bands = dj.layers.GlobalPool(mesh=mesh), Bands.equal(height, 2)
+    pool.split_by_rows(bands, 4)
+    x = jnp.full((1, height, 64, 4), 30, jnp.float16)
+    np.testing.assert_allclose(pool(banded(x, mesh)), np.full((1, 4), 30), rtol=2e-3)

@@ -58,6 +58,18 @@ def test_a_command_is_told_that_it_is_started_again():
     assert said == ["a", "b --go-on"]
 
 
+def test_items_that_break_off_are_answered_before_the_error():
+    def items():
+        yield from "ab"
+        raise OSError("unplugged")
+
+    said = []
+    command = [sys.executable, "-c", CHILD, "1", "killed"]
+    with pytest.raises(OSError, match="unplugged"):
+        Supervisor(command, items(), said.append, restarts=2, ahead=9).run()
+    assert said == ["A", "B"]
+
+
 def test_wrong_use_is_not_tried_again():
     assert run(2, "2") == (2, ["ITEM 0", "ITEM 1"])
 

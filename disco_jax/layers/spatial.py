@@ -75,7 +75,7 @@ class GlobalPool(nnx.Module):
 
     Attributes:
       bands: where the map is split by rows, its rows.
-      total: what adds up the nodes' sums then; every node holds the result.
+      total: what adds up the nodes' parts then; every node holds the result.
     """
 
     def __init__(self, *, keepdims: bool = False, mesh: NodeMesh):
@@ -91,17 +91,17 @@ class GlobalPool(nnx.Module):
         axes = tuple(range(1, x.ndim - 1))
         if self.bands is None or self.total is None:
             return x.mean(axes, keepdims=self.keepdims)
-        count = self.bands.height * int(np.prod(x.shape[2:-1]))
+        share = self.bands.size / self.bands.height  # of all rows, those of a band
         alive = jnp.arange(x.shape[1]) < self.bands.height
         alive = alive.reshape(-1, *[1] * (x.ndim - 2))
 
         def on_node(x: Array, alive: Array) -> Array:
-            return jnp.where(alive, x, 0).sum(axes, keepdims=self.keepdims)
+            return share * jnp.where(alive, x, 0).mean(axes, keepdims=self.keepdims)
 
         if not self.mesh.distributed:
             blocks = (jnp.split(a, self.mesh.nodes, axis) for a, axis in ((x, 1), (alive, 0)))
             parts = jnp.concatenate([on_node(*b) for b in zip(*blocks, strict=True)], -1)
-            return self.total(parts) / count
+            return self.total(parts)
         parts = jax.shard_map(
             on_node,
             mesh=self.mesh.jax_mesh,
@@ -109,7 +109,7 @@ class GlobalPool(nnx.Module):
             # [b/data, c], or [b/data, 1, 1, c]: the nodes' parts beside each other
             out_specs=activation_spec(x.ndim if self.keepdims else 2, self.mesh),
         )(x, alive)
-        return self.total(parts) / count
+        return self.total(parts)
 
 
 class Resize(nnx.Module):

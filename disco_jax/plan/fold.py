@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -78,8 +79,9 @@ def foldable(model: nnx.Module, images: Images) -> dict[str, str]:
     """The normalisations that can be folded, each with the layer that feeds it.
 
     Found on shapes alone: with normalisations that ignore their input, the weights of a layer that
-    feeds nothing else have no influence on the result.
+    feeds nothing else have no influence on the result. Layers that share weights keep them.
     """
+    shared = _sharing(model)
     model = nnx.clone(model, variables=False)
     model.eval()
     replace(model, {id(m): _Blank(m) for _, m in modules(model) if isinstance(m, BatchNorm)})
@@ -100,7 +102,18 @@ def foldable(model: nnx.Module, images: Images) -> dict[str, str]:
     program = jax.make_jaxpr(call)([v.get_value() for _, v in nnx.to_flat_state(state)], images)
     _, used = partial_eval.dce_jaxpr(program.jaxpr, True)
     needed = {name for name, use in zip(names, used, strict=False) if use}
+    needed |= {f"{layer}.kernel" for layer in shared}
     return {norm: layer for norm, layer in pairs.items() if f"{layer}.kernel" not in needed}
+
+
+def _sharing(model: nnx.Module) -> list[str]:
+    """Layers whose kernel or bias is another layer's too."""
+    layers: dict[str, Any] = {path: m for path, m in modules(model) if hasattr(m, "kernel")}
+    weights = {
+        path: [id(w) for w in (m.kernel, m.bias) if w is not None] for path, m in layers.items()
+    }
+    owners = Counter(itertools.chain.from_iterable(weights.values()))
+    return [path for path, own in weights.items() if any(owners[w] > 1 for w in own)]
 
 
 def _pairs(model: nnx.Module, events: list[tuple[Any, Any]]) -> dict[str, str]:

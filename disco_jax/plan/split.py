@@ -77,7 +77,13 @@ def split(
         if not isinstance(reader, Reader) or path not in flowing.read:
             continue
         source = splits[id(flowing.read[path][0])]
-        target = _target([p for p in layers if found[p].exchange is reader], flowing, splits)
+        behind = [p for p in layers if found[p].exchange is reader]
+        target = _target(behind, flowing, splits)
+        require(
+            isinstance(reader, Exchange) or source != ROWS or target != CHANNELS,
+            f"`{behind[0]}` reads a node's own channels alone, which nobody has of what "
+            f"{_names(flowing.read[path][0])} computes by rows; split both alike",
+        )
         if target in (ROWS, REPLICATED):
             replacements[id(reader)] = Exact(reader, target)
         elif source == REPLICATED and isinstance(reader, Exchange):

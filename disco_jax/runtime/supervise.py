@@ -50,15 +50,21 @@ class Supervisor:
         self._lock = threading.Lock()  # of the process, what it was given, and whether that is all
         self._process: subprocess.Popen[bytes] | None = None
         self._complete = False
+        self._broken: Exception | None = None  # what the items raised
 
     def run(self) -> int:
-        """Runs to the end of the items; returns the exit code of the last process."""
+        """Runs to the end of the items; returns the exit code of the last process.
+
+        What the items raise ends them: it is raised here when all before it have their answers.
+        """
         threading.Thread(target=self._feed, daemon=True).start()
         for restart in range(self._restarts + 1):
             if restart:
                 time.sleep(min(2.0 ** (restart - 2), LONGEST_PAUSE))
             code = self._run_once([*self._command, *(self._again if restart else ())])
             if code >= 0 and code != EXIT_CODE:
+                if self._broken is not None:
+                    raise self._broken
                 return code
             print(
                 f"the process ended with code {code}, {self._restarts - restart} restarts left",
@@ -93,11 +99,14 @@ class Supervisor:
             return self._process
 
     def _feed(self) -> None:
-        for item in self._items:
-            self._room.acquire()
-            with self._lock:
-                self._unanswered.append(item)
-                self._give(item)
+        try:
+            for item in self._items:
+                self._room.acquire()
+                with self._lock:
+                    self._unanswered.append(item)
+                    self._give(item)
+        except Exception as error:  # whatever an iterator may raise
+            self._broken = error
         with self._lock:
             self._complete = True
             self._give()
