@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from disco_jax.errors import DiscoError, require
 from disco_jax.train.progress import console
 
 MODES = ("all", "train", "eval", "freeze", "infer", "serve", "profile", "report")
+TRAINED = ("eval", "freeze", "infer")  # modes that need what was trained before
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/resnet50.py:smoke.")
 flags.DEFINE_enum(
@@ -75,7 +77,12 @@ def _check_combination() -> None:
 
 def _reason(error: Exception) -> str:
     """The message in one line; of a traceback within it, what was raised."""
-    text = str(error).strip().strip("'\"")
+    text = str(error).replace("\\n", "\n").replace("\\'", "'").strip()
+    if text[:1] == text[-1:] and text[:1] in "'\"":  # as a KeyError shows what it was given
+        text = text[1:-1]
+    missing = re.search(r"No such file or directory: '(.+?)'", text)
+    if missing:  # ml_collections would name itself as well
+        return f"there is no file {missing.group(1)}"
     if "Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     return " ".join(text.split())
@@ -98,6 +105,11 @@ def dispatch(argv: list[str]) -> int:
     if FLAGS.mode == "report":
         report.print_again(workdir)
     else:
+        learnt = workdir / "checkpoints" / "sparse"
+        require(
+            FLAGS.mode not in TRAINED or learnt.is_dir(),
+            f"`workdir` has no checkpoint in {learnt}; train first (--mode=train)",
+        )
         from disco_jax import job  # what serves has no need of training code
 
         getattr(job.Job(FLAGS.config, workdir), f"run_{FLAGS.mode}")()

@@ -11,8 +11,12 @@ from disco_jax.errors import require
 Value = TypeVar("Value")
 
 
-def first_match(rules: Sequence[tuple[str, Value]], paths: Sequence[str]) -> dict[str, Value]:
+def first_match(
+    rules: Sequence[tuple[str, Value]], paths: Sequence[str], name: str = "rules"
+) -> dict[str, Value]:
     """For each path the value of the first rule whose pattern is found in it.
+
+    An error says what the rules are called: their ``name``.
 
     Raises:
       DiscoError: if a rule matches first for no path.
@@ -32,7 +36,7 @@ def first_match(rules: Sequence[tuple[str, Value]], paths: Sequence[str]) -> dic
     unused = [rule[0] for i, rule in enumerate(rules) if i not in used and (paths or rule[0])]
     require(
         not unused,
-        f"`rules` entry {unused[0] if unused else ''!r} is not used: no exchange matches it "
+        f"`{name}` entry {unused[0] if unused else ''!r} is not used: no exchange matches it "
         f"first; the exchanges are {', '.join(list(paths)[:6])}, ...; correct or remove it",
     )
     return found

@@ -75,14 +75,17 @@ WRONG = {
     "no_config": ((), r"`--config` is missing; pass one, such as --config=configs/resnet50.py"),
     "missing_file": (
         ("--config=configs/nothing.py",),
-        r"`command line`: .*configs/nothing.py.*No such file",
+        r"`command line`: there is no file configs/nothing.py; see --help and the config",
     ),
     "unknown_variant": (
         ("--config=configs/resnet50.py:imagnet",),
         r"`command line`: variant 'imagnet' must be one of digits, smoke, imagenet",
     ),
-    "unknown_field": ((SMOKE, "--config.nodse=4"), r"nodse"),
-    "wrong_type": ((SMOKE, "--config.nodes=two"), r"config.nodes.*two"),
+    "unknown_field": (
+        (SMOKE, "--config.nodse=4"),
+        r"nodse.*Did you mean \"nodes\" instead of \"nodse\"\?; see",
+    ),
+    "wrong_type": ((SMOKE, "--config.nodes=two"), r"config.nodes.*'two'; see --help"),
     "unknown_mode": ((SMOKE, "--mode=trian"), r"mode.*trian.*should be one of.*all"),
     "unknown_flag": ((SMOKE, "--wordkir=x"), r"wordkir"),
     "stray_word": ((SMOKE, "train"), r"`train` is not a flag; write --name=value"),

@@ -49,14 +49,14 @@ def test_schedules(name, left):
 
 
 def test_gradient_regrowth_by_hand():
-    """At update 1 of 2, ``turnover (1 + cos π/2)/2`` = 1/2 of the budget goes to new pairs."""
+    """In update 2 of 3, ``turnover (1 + cos π/2)/2`` = 1/2 of the budget goes to new pairs."""
     model = layer()
     dj.sparsify.allow_regrowth(model)
     params = nnx.state(model, nnx.Param)
     tx = sparse_exchange(
         optax.sgd(1.0),
         density=0.5,
-        steps=2,
+        steps=3,
         every=1,
         schedule="constant",
         regrow="gradient",
@@ -70,13 +70,27 @@ def test_gradient_regrowth_by_hand():
         params = optax.apply_updates(params, updates)
         kept.append(tuple(map(list, remote(state))))
         weights.append(float(params["kernel"][...][2, 0]))
-    # Update 0, all of the budget turned over: none is dropped yet (masks start full), so the pairs
+    # Update 1, all of the budget turned over: none is dropped yet (masks start full), so the pairs
     # with the largest gradient win: channel 2 for node 0 and, with gradients 0, channel 0 for
     # node 1. Channel 2 is read, so it moves by 9 at once, and is worth |3 - 9| = 6 and more. At the
     # end nothing is turned over, and only what is open is compared: node 1 keeps channel 0,
     # although the dropped channel 1 has the larger weight.
     assert kept == [([2], [0]), ([2], [0]), ([2], [0])]
     assert weights == [-6.0, -15.0, -24.0]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 25])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_last_choice_is_made_in_update_steps(schedule, steps):
+    params = nnx.state(layer(), nnx.Param)
+    tx = sparse_exchange(optax.sgd(1.0), density=0.5, steps=steps, every=10, schedule=schedule)
+    state, kept = tx.init(params), []
+    for _ in range(steps + 2):
+        _, state = tx.update(like(params, np.zeros((4, 2))), state, params)
+        kept.append(sum(map(len, remote(state))))
+    last = max(steps, 1) - 1
+    assert kept[last:] == [2] * (steps + 2 - last)
+    assert schedule != "one_shot" or kept[:last] == [4] * last
 
 
 def test_dropped_weights_without_regrowth_stay_where_they_are():
@@ -114,7 +128,7 @@ def test_feedback_lets_a_dropped_pair_return():
 def test_growing_lasso_by_hand():
     """``lasso · t/T · w / ‖w‖`` on remote weights, until the masks are final."""
     params = nnx.state(layer(), nnx.Param)
-    tx = sparse_exchange(optax.sgd(1.0), density=1.0, steps=2, every=1, lasso=0.5)
+    tx = sparse_exchange(optax.sgd(1.0), density=1.0, steps=3, every=1, lasso=0.5)
     state, zeros = tx.init(params), like(params, np.zeros((4, 2)))
     steps = []
     for _ in range(4):

@@ -116,9 +116,14 @@ def verify(frozen: Frozen, images: Images) -> tuple[Collective, ...]:
       The program's collectives.
 
     Raises:
-      DiscoError: if the number of collectives or their bytes are not the plan's, or the nodes
-        are emulated, so that there is nothing to check.
+      DiscoError: if it is not a frozen model, the number of collectives or their bytes are not the
+        plan's, or the nodes are emulated, so that there is nothing to check.
     """
+    require(
+        isinstance(frozen, Frozen),
+        f"`frozen` (={type(frozen).__name__}) must be what dj.freeze or dj.load gives; freeze the "
+        "model first",
+    )
     mesh = frozen.mesh
     require(
         not mesh.emulated,

@@ -54,7 +54,7 @@ def wire_dtypes(paths: Sequence[str], wire_dtype: WireDtype) -> dict[str, str]:
     rules = [("", wire_dtype)] if isinstance(wire_dtype, str) else wire_dtype
     for _, dtype in rules:
         wire.check_wire_dtype(dtype)
-    return first_match(rules, paths)
+    return first_match(rules, paths, "wire_dtype")
 
 
 def wire_scales(

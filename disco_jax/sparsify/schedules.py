@@ -1,7 +1,8 @@
 """How the density falls during training: pure functions of the update.
 
-A schedule maps the share of the way ``t = update / steps`` to how much of ``1 - density`` is still
-there: 1 is the dense split, 0 the final density ``s``. The density is ``s + (1 - s) · left(t)``.
+A schedule maps the share of the way ``t = (update - 1) / (steps - 1)`` to how much of ``1 -
+density`` is still there: 1 is the dense split, 0 the final density ``s``. The density is ``s + (1 -
+s) · left(t)``.
 """
 
 from __future__ import annotations

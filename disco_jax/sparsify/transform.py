@@ -72,15 +72,15 @@ def sparse_exchange(
 ) -> optax.GradientTransformationExtraArgs:
     """Learns which channels cross the link while ``inner`` learns the weights.
 
-    Every ``every`` updates, and for the last time after ``steps`` of them, all (node, channel)
-    pairs are scored by the weights that read them and the best are kept, as many as schedule and
-    budget allow. The masks are optax state: call :func:`apply_masks` after each update so that the
-    model uses them.
+    In the first of every ``every`` updates, and for the last time in update ``steps``, all (node,
+    channel) pairs are scored by the weights that read them and the best are kept, as many as
+    schedule and budget allow. The masks are optax state: call :func:`apply_masks` after each
+    update so that the model uses them.
 
     Args:
       inner: the optimiser of the weights.
       density, score, budget, costs, rules, norms, seed, **options: see :class:`Choice`.
-      steps: update after which the masks no longer change.
+      steps: update that chooses the masks for the last time; train on for some more.
       schedule: a key of ``SCHEDULES``.
       every: updates between two choices of masks.
       regrow: how a dropped pair can return; both ways need ``allow_regrowth(model)`` first.
@@ -99,6 +99,7 @@ def sparse_exchange(
     """
     choice = Choice(density, score, budget, costs, tuple(rules), norms, seed, options)
     _check_schedule(schedule, every, regrow, turnover)
+    require(steps >= 0, f"`steps` (={steps}) must be 0 or more updates; 0 and 1 prune in the first")
     require(lasso >= 0, f"`lasso` (={lasso}) must be 0 (none) or more; choose one, such as 1e-4")
     wrapped = optax.with_extra_args_support(inner)
     pruning = _Pruning(choice, wrapped, steps, schedule, every, regrow, turnover, lasso)
@@ -179,7 +180,7 @@ class _Pruning:
         given = grads if self.regrow != "gradient" else _of_kept(grads, state)
         if not self.lasso:
             return given
-        strength = self.lasso * state.step / max(self.steps, 1) * (state.step < self.steps)
+        strength = self.lasso * self._way(state) * (state.step < self.steps - 1)
         return _add_lasso(given, params, kernels, state, strength)
 
     def _masks(
@@ -197,15 +198,20 @@ class _Pruning:
 
         def choose() -> Masks:
             now = scores() if ready is None else ready
-            t = step / max(self.steps, 1) if self.steps else jnp.ones(())
+            t = self._way(state)
             left = SCHEDULES[self.schedule](t)
             if not growth:
                 return self.choice.masks(now, left)
             swap = self.turnover * (1 + jnp.cos(jnp.pi * jnp.minimum(t, 1.0))) / 2
             return self.choice.regrown(now, growth, state.masks, left, swap)
 
-        due = ((step % self.every == 0) & (step < self.steps)) | (step == self.steps)
+        last = max(self.steps - 1, 0)  # counted from 0
+        due = ((step % self.every == 0) & (step < last)) | (step == last)
         return jax.lax.cond(due, choose, lambda: state.masks)
+
+    def _way(self, state: SparseExchangeState) -> Array:
+        """How far the schedule is: 0 in the first update, 1 in update ``steps``."""
+        return state.step / (self.steps - 1) if self.steps > 1 else jnp.ones(())
 
 
 def _mean(state: SparseExchangeState, before: Scores, now: Callable[[], Scores]) -> Scores:
