@@ -56,6 +56,10 @@ WIRINGS = {
     "one norm of two": (lambda s, x: s.m(y := s.a(x)) + s.m(s.b(y)), {}),
     "layer twice": (lambda s, x: s.n(s.b(s.n(s.b(s.a(x))))), {"n": "b"}),
     "layer twice, once beside": (lambda s, x: s.b(s.n(s.b(s.a(x)))), {}),
+    "statistics of the batch": (
+        lambda s, x: s.n(s.b(s.m(s.a(x), use_running_average=False))),
+        {"n": "b"},
+    ),
     "norm of a norm": (lambda s, x: s.n(s.m(s.a(x))), {"m": "a"}),
 }
 

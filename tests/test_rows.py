@@ -355,3 +355,22 @@ def test_the_mean_over_rows_does_not_overflow(emulate):
     pool.split_by_rows(bands, 4)
     x = jnp.full((1, height, 64, 4), 30, jnp.float16)
     np.testing.assert_allclose(pool(banded(x, mesh)), np.full((1, 4), 30), rtol=2e-3)
+
+
+class Pyramid(nnx.Module):
+    """One head for maps of two heights."""
+
+    def __init__(self, mesh):
+        conv = partial(dj.layers.Conv, 4, 4, (3, 3), mesh=mesh, rngs=nnx.Rngs(0))
+        self.fine, self.coarse, self.head = conv(), conv(strides=2), conv()
+        self.mean = dj.layers.GlobalPool(mesh=mesh)
+
+    def __call__(self, x):
+        fine = self.fine(x)
+        return self.mean(self.head(fine)) + self.mean(self.head(self.coarse(fine)))
+
+
+def test_maps_of_two_heights_share_no_bands():
+    model, x = Pyramid(dj.NodeMesh(2, emulate=True)), jnp.ones((1, 8, 8, 4))
+    with pytest.raises(dj.DiscoError, match=r"has maps of \[4, 8\] rows, which have no bands"):
+        dj.split(model, x, [""])

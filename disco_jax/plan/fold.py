@@ -39,7 +39,9 @@ class _Blank(nnx.Module):
     def __init__(self, norm: BatchNorm):
         self.norm = norm
 
-    def __call__(self, x: Array, **_: Any) -> Array:
+    def __call__(self, x: Array, **given: Any) -> Array:
+        if given.get("use_running_average") is False or given.get("mask") is not None:
+            return self.norm(x, **given)
         y = jax.eval_shape(self.norm, x)
         if y.dtype != x.dtype or self.norm.axis != -1:
             return self.norm(x)

@@ -72,6 +72,7 @@ def split(
     splits = resolve(model, flowing, dict.fromkeys(chosen, ROWS))
     if mesh_of(model).nodes == 1:
         return  # which has all rows, and all channels
+    bands(model, flowing, splits)  # what cannot be is said before anything is trained
     replacements: dict[int, nnx.Module] = {}
     for path, reader in found.items():
         if not isinstance(reader, Reader) or path not in flowing.read:
@@ -139,10 +140,15 @@ def bands(model: nnx.Module, flowing: Flow, splits: Mapping[int, str]) -> dict[i
     for map_ in flowing.maps:
         if splits[id(map_)] != ROWS:
             continue
-        options = set()
+        options, heights = set(), {shape[1] for shape in map_.shapes}
+        require(
+            len(heights) == 1,
+            f"what {_names(map_)} computes has maps of {sorted(heights)} rows, which have no "
+            "bands in common; split it by channels",
+        )
+        (height,) = heights
         for maker in map_.makers:
             module = found[maker]
-            (height,) = {shape[1] for shape in map_.shapes}
             own = Bands.equal(height, module.mesh.nodes)
             if isinstance(module, PixelShuffle):
                 source = id(flowing.read[maker][0])
