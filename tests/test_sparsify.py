@@ -88,10 +88,10 @@ def test_scores_sum_over_all_readers():
 
 
 def test_transform_follows_the_schedule_by_hand():
-    """Density 1 - (1 - s)(1 - (1 - t/T)^3) at updates 0, 2, 4; nothing changes in between."""
+    """Density 1 - (1 - s)(1 - (1 - t)^3) in updates 1, 3, 5 of 5; nothing changes in between."""
     model = two_layers(dj.NodeMesh(2))
     params = nnx.state(model, nnx.Param)
-    tx = dj.sparsify.sparse_exchange(optax.sgd(0.0), density=0.0, steps=4, every=2)
+    tx = dj.sparsify.sparse_exchange(optax.sgd(0.0), density=0.0, steps=5, every=2)
     state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     # Twice: at first the state is not placed on the mesh yet. Never because the density falls.
     update = jax.jit(chex.assert_max_traces(tx.update, n=2))
@@ -99,9 +99,9 @@ def test_transform_follows_the_schedule_by_hand():
     for _ in range(6):
         _, state = update(zeros, state, params)
         kept.append(int(state.masks["exchange"].sum()) - 8)
-    # Of 4 remote channels a node: t=0 all; t=2: (1 - 1/2)^3 = 1/8 of 4 -> 0; t=4 and later none.
+    # Of 4 remote channels a node: t=0 all; t=1/2: (1 - 1/2)^3 = 1/8 of 4 -> 0; t=1 none.
     assert kept == [8, 8, 0, 0, 0, 0]
-    tx = dj.sparsify.sparse_exchange(optax.sgd(0.0), density=0.25, steps=4, every=1)
+    tx = dj.sparsify.sparse_exchange(optax.sgd(0.0), density=0.25, steps=5, every=1)
     state, kept = tx.init(params), []
     for _ in range(6):
         _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
