@@ -110,10 +110,10 @@ def foldable(model: nnx.Module, images: Images) -> dict[str, str]:
 
 def _sharing(model: nnx.Module) -> list[str]:
     """Layers whose kernel or bias is another layer's too."""
-    layers: dict[str, Any] = {path: m for path, m in modules(model) if hasattr(m, "kernel")}
-    weights = {
-        path: [id(w) for w in (m.kernel, m.bias) if w is not None] for path, m in layers.items()
-    }
+    weights = {}
+    for path, module in modules(model):
+        own = (vars(module).get(name) for name in ("kernel", "bias"))
+        weights[path] = [id(weight) for weight in own if weight is not None]
     owners = Counter(itertools.chain.from_iterable(weights.values()))
     return [path for path, own in weights.items() if any(owners[w] > 1 for w in own)]
 
