@@ -140,7 +140,7 @@ def test_training_recovers_what_rounding_costs():
     ("wire_dtype", "message"),
     [
         ("int3", r"`wire_dtype` \(='int3'\) must be one of .*int4"),
-        ([("conv2", "int4"), ("0.conv2", "int8")], r"`rules` entry '0.conv2' is not used"),
+        ([("conv2", "int4"), ("0.conv2", "int8")], r"`wire_dtype` entry '0.conv2' is not used"),
     ],
 )
 def test_wrong_wires_are_refused(wire_dtype, message):

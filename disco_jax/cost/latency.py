@@ -83,7 +83,8 @@ def predict(
       examples: images that go through together.
 
     Raises:
-      DiscoError: if not exactly one of ``compute_ms`` and ``gmacs`` is given, or not above 0.
+      DiscoError: if not exactly one of ``compute_ms`` and ``gmacs`` is given, or the latter is not
+        above 0.
 
     >>> from disco_jax.packed import Hop
     >>> hop = Hop(1, ((0,), (1,)))
@@ -96,8 +97,7 @@ def predict(
         f"exactly one of `compute_ms` (={compute_ms}) and `gmacs` (={gmacs}) must be given; pass "
         "compute_ms= from runtime.profile, or the nodes' gmacs=",
     )
-    for name, value in (("compute_ms", compute_ms), ("gmacs", gmacs)):
-        require(value is None or value > 0, f"`{name}` (={value}) must be more than 0; measure it")
+    require(gmacs is None or gmacs > 0, f"`gmacs` (={gmacs}) must be more than 0; measure it")
     if compute_ms is None:
         assert gmacs is not None
         compute_ms = examples * (plan.macs_per_node + _packing_macs(plan)) / gmacs / 1e6
