@@ -11,7 +11,8 @@ from flax import nnx
 from helpers import carry_over, close, error, meshes, random_mask, randomize
 
 import disco_jax as dj
-from disco_jax.bands import Bands
+from disco_jax.bands import Bands, Reads
+from disco_jax.exchange import Local
 from disco_jax.partition import pad_axis
 from disco_jax.plan.freeze import pack_kernel, plan_hops, readable_channels
 from disco_jax.repartition import RowsToChannels
@@ -374,3 +375,16 @@ def test_maps_of_two_heights_share_no_bands():
     model, x = Pyramid(dj.NodeMesh(2, emulate=True)), jnp.ones((1, 8, 8, 4))
     with pytest.raises(dj.DiscoError, match=r"has maps of \[4, 8\] rows, which have no bands"):
         dj.split(model, x, [""])
+
+
+@pytest.mark.parametrize("height", [14, 13])
+def test_blocks_with_rows_that_nobody_needs(height):
+    """As where a projection of stride 2 reads a row less than what it shares its exchange with."""
+    needed = (range(0, 7), range(7, height))
+    reads, x = Reads((0, 7), 8, needed), np.random.default_rng(0).normal(size=(1, height, 3, 4))
+    found = []
+    for mesh in meshes(2):
+        exchange = HaloExchange(Local(4, mesh=mesh), Bands.equal(height, 2), reads)
+        found.append(np.asarray(exchange(banded(jnp.asarray(x, jnp.float32), mesh)).values))
+    np.testing.assert_array_equal(*found)
+    assert not found[0][0, 7].any()
