@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from disco_jax import wire
 from disco_jax.bands import Bands
@@ -20,7 +20,7 @@ from disco_jax.mesh import NODE
 from disco_jax.packed import Hop, split_hops
 from disco_jax.partition import activation_spec, row_spec
 from disco_jax.readable import Readable, note
-from disco_jax.rows import Move, arrived, by_source, check_rows, permute
+from disco_jax.rows import Move, by_source, check_rows, permute
 
 
 class RowsToChannels(Reader):
@@ -95,23 +95,20 @@ class RowsToChannels(Reader):
     ) -> Array:
         """What one node does, from its rows to the channels that it reads; see RowReader."""
 
-        def codes(channels: Array) -> Array | None:
-            return None if scale is None else jnp.take(scale, channels, axis=-1)
-
         own, *sends = tables
+        codes = wire.codes(x, self.wire_dtype, scale)
         pieces: dict[int, list[Array]] = {}  # by the places that they come from
         for hop, channels in zip(self.hops, sends, strict=True):
-            before = pieces.setdefault(hop.offset, [])
-            start = sum(piece.shape[-1] for piece in before)
-            sent = jnp.take(x, channels, axis=-1, mode="clip")
-            moved = move(wire.encode(sent, self.wire_dtype, codes(channels)), hop)
-            back = codes(own[start : start + hop.width])
-            before.append(wire.decode(moved, self.wire_dtype, sent, back))
-        found = [arrived(jnp.take(x, own, axis=-1), self.wire_dtype, codes(own))]
+            sent = _take(codes, channels)
+            moved = move(wire.pack(sent, self.wire_dtype), hop)
+            piece = wire.unpack(moved, self.wire_dtype, sent.shape)
+            pieces.setdefault(hop.offset, []).append(piece)
+        found = [_take(codes, own)]
         found += [jnp.concatenate(piece, -1) for piece in pieces.values()]
         rows = jnp.moveaxis(by_source(found, node), 0, 1)  # [b, n, band, ..., r]
-        rows = jnp.reshape(rows, (x.shape[0], -1, *rows.shape[3:]))
-        return rows[:, : self.bands.height]
+        rows = jnp.reshape(rows, (x.shape[0], -1, *rows.shape[3:]))[:, : self.bands.height]
+        back = None if scale is None else jnp.take(scale, own, axis=-1, mode="clip")
+        return wire.values(rows, self.wire_dtype, x.dtype, back)
 
     def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
         """Numbers of one channel that is sent: its rows of a band."""
@@ -122,8 +119,19 @@ class RowsToChannels(Reader):
         return None if self.scale is None else self.scale[...]
 
     def _emulated(self, x: Array, scale: Array | None) -> Array:
-        sent = arrived(x[:, : self.bands.height], self.wire_dtype, scale)
+        sent = wire.arrived(x[:, : self.bands.height], self.wire_dtype, scale)
         return jnp.take(sent, np.array(self.readable).reshape(-1), axis=-1)
+
+
+def _take(x: Shaped[Array, "b ... c"], channels: Int[Array, "r"]) -> Shaped[Array, "b ... r"]:
+    """Some channels of ``x``, by the places of single numbers.
+
+    XLA:CPU gathers along the last axis channel by channel, across the memory: 2.5 ms instead of 0.9
+    for 310 of the 512 channels of ResNet-50 at 14x28.
+    """
+    first = jnp.arange(0, x.size, x.shape[-1])
+    flat = jnp.reshape(x, -1).at[jnp.add.outer(first, channels)]
+    return jnp.reshape(flat.get(mode="promise_in_bounds"), (*x.shape[:-1], -1))
 
 
 def channels_read(hops: Sequence[Hop]) -> Int[np.ndarray, "n r"]:

@@ -186,7 +186,7 @@ class HaloExchange(RowReader):
         rows = self._from_top(past)
         own = np.arange(self.mesh.nodes)[:, None]
         remote = (rows != past) & (rows // self.bands.size != own)
-        both = jnp.concatenate([x, arrived(x, self.wire_dtype, None)], 1)
+        both = jnp.concatenate([x, wire.arrived(x, self.wire_dtype)], 1)
         return self._take(both, (rows + remote * x.shape[1]).reshape(-1))
 
 
@@ -227,7 +227,7 @@ class ChannelsToRows(RowReader):
     def _emulated(self, x: Array) -> Array:
         rows = self._from_top(self.bands.height).reshape(-1)
         taken = self._take(x, rows)
-        sent = arrived(taken, self.wire_dtype, None)
+        sent = wire.arrived(taken, self.wire_dtype)
         own = owned(self.channels, self.mesh.nodes).repeat(self.reads.count, 0)
         return jnp.where(own.reshape(len(rows), *[1] * (x.ndim - 3), -1), taken, sent)
 
@@ -242,12 +242,6 @@ def check_rows(reader: Any, x: Array, *, banded: bool) -> None:
         f"{reader.name or type(reader).__name__} is given {x.shape[1]} rows, not {rows}; "
         "split and freeze the model for images of this size",
     )
-
-
-def arrived(x: Array, wire_dtype: str | None, scale: Array | None) -> Array:
-    """What is read of what was sent."""
-    wire_dtype = wire_dtype or str(x.dtype)
-    return wire.decode(wire.encode(x, wire_dtype, scale), wire_dtype, x, scale)
 
 
 def by_source(found: Sequence[Array], node: Array | int) -> Array:

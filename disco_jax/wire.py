@@ -61,18 +61,8 @@ def scale(low: Float[Array, "c"], high: Float[Array, "c"], wire_dtype: str) -> S
 def encode(
     x: Float[Array, "b ... c"], wire_dtype: str, scale: Scale | None = None
 ) -> Shaped[Array, "b ..."]:
-    """Converts what is computed to what travels; integers need a ``scale``, and clip.
-
-    Of int4 two share a byte.
-    """
-    if scale is None:
-        x = x.astype(wire_dtype)
-        return jax.lax.bitcast_convert_type(x, jnp.uint16) if wire_dtype == "bfloat16" else x
-    last = levels(wire_dtype) - 1
-    code = jnp.clip(jnp.round((x - scale[0]) / scale[1]), 0, last)
-    if wire_dtype == "int8":
-        return (code - 128).astype(jnp.int8)
-    return _pack(code.astype(jnp.uint8))
+    """Converts what is computed to what travels; integers need a ``scale``, and clip."""
+    return pack(codes(x, wire_dtype, scale), wire_dtype)
 
 
 def decode(
@@ -91,33 +81,64 @@ def decode(
     >>> encode(x, "int4", s).shape, decode(encode(x, "int4", s), "int4", x, s).tolist()
     ((1, 2), [[7.0, 12.0, 15.0]])
     """
+    return values(unpack(y, wire_dtype, like.shape), wire_dtype, like.dtype, scale)
+
+
+def codes(
+    x: Float[Array, "b ... c"], wire_dtype: str, scale: Scale | None = None
+) -> Shaped[Array, "b ... c"]:
+    """What stands for each number on the wire; one of int4 has a byte to itself until packed."""
+    if scale is None:
+        x = x.astype(wire_dtype)
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if wire_dtype == "bfloat16" else x
+    code = jnp.clip(jnp.round((x - scale[0]) / scale[1]), 0, levels(wire_dtype) - 1)
+    return (code - 128).astype(jnp.int8) if wire_dtype == "int8" else code.astype(jnp.uint8)
+
+
+def values(
+    code: Shaped[Array, "b ... c"],
+    wire_dtype: str,
+    dtype: jax.typing.DTypeLike,
+    scale: Scale | None = None,
+) -> Float[Array, "b ... c"]:
+    """The numbers that ``code`` stands for."""
     if scale is None:
         if wire_dtype == "bfloat16":
-            y = jax.lax.bitcast_convert_type(y, jnp.bfloat16)
-        return y.astype(like.dtype)
-    code = _unpack(y, like.shape) if wire_dtype == "int4" else y.astype(jnp.float32) + 128
-    return (code * scale[1] + scale[0]).astype(like.dtype)
+            code = jax.lax.bitcast_convert_type(code, jnp.bfloat16)
+        return code.astype(dtype)
+    number = code.astype(jnp.float32) + 128 if wire_dtype == "int8" else code
+    return (number * scale[1] + scale[0]).astype(dtype)
+
+
+def arrived(
+    x: Float[Array, "b ... c"], wire_dtype: str | None, scale: Scale | None = None
+) -> Float[Array, "b ... c"]:
+    """What is read of ``x`` when it is sent; None sends what is computed."""
+    if wire_dtype is None:
+        return x
+    return values(codes(x, wire_dtype, scale), wire_dtype, x.dtype, scale)
 
 
 def rounded(
     x: Float[Array, "b ... c"], wire_dtype: str, scale: Scale | None
 ) -> Float[Array, "b ... c"]:
-    """What arrives when ``x`` is sent; the gradient is that of clipping alone.
+    """What has :func:`arrived` when ``x`` is sent; the gradient is that of clipping alone.
 
     Rounding has no slope of use: the gradient passes straight through (Bengio et al. 2013).
     """
-    arrived = decode(encode(x, wire_dtype, scale), wire_dtype, x, scale)
     kept = x
     if scale is not None:
         kept = jnp.clip(x, scale[0], scale[0] + (levels(wire_dtype) - 1) * scale[1])
-    return kept + jax.lax.stop_gradient(arrived - kept)
+    return kept + jax.lax.stop_gradient(arrived(x, wire_dtype, scale) - kept)
 
 
-def _pack(code: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """Two codes in a byte: half of an example in the lower bits, the other in the upper.
+def pack(code: Shaped[Array, "b ..."], wire_dtype: str) -> Shaped[Array, "b ..."]:
+    """Two codes of int4 in a byte: half of an example in the lower bits, the other in the upper.
 
     Halves along an axis, for XLA:CPU divides for each number of a map that is read as one row.
     """
+    if wire_dtype != "int4":
+        return code
     axis = _even_axis(code.shape)
     if axis is None:
         code, axis = jnp.pad(code.reshape(len(code), -1), ((0, 0), (0, 1))), 1
@@ -125,8 +146,12 @@ def _pack(code: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     return lower | upper << 4
 
 
-def _unpack(y: Shaped[Array, "b ..."], shape: tuple[int, ...]) -> Shaped[Array, "b ..."]:
-    """The inverse of :func:`_pack`, for codes of a shape."""
+def unpack(
+    y: Shaped[Array, "b ..."], wire_dtype: str, shape: tuple[int, ...]
+) -> Shaped[Array, "b ..."]:
+    """The inverse of :func:`pack`, for codes of a shape."""
+    if wire_dtype != "int4":
+        return y
     axis = _even_axis(shape)
     if axis is None:
         return jnp.concatenate([y & 15, y >> 4], 1)[:, :-1].reshape(shape)
