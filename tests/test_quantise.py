@@ -70,6 +70,18 @@ def test_int4_of_any_shape(shape):
     np.testing.assert_array_equal(wire.decode(sent, "int4", codes, scale), codes)
 
 
+@pytest.mark.parametrize("wire_dtype", ["float32", *WIRES[:4]])
+def test_what_has_arrived_is_what_is_sent_and_read(wire_dtype):
+    """Emulated nodes send nothing: they read the codes, without packing them."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 7)), jnp.float32)
+    scale = None
+    if wire.calibrated(wire_dtype):
+        scale = wire.scale(jnp.full(7, -1.0), jnp.full(7, 1.0), wire_dtype)  # some are clipped
+    read = wire.decode(wire.encode(x, wire_dtype, scale), wire_dtype, x, scale)
+    np.testing.assert_array_equal(wire.arrived(x, wire_dtype, scale), read)
+    np.testing.assert_array_equal(wire.arrived(x, None), x)
+
+
 def test_int4_puts_two_channels_in_a_byte():
     layer = dj.layers.Dense(6, 6, mesh=dj.NodeMesh(2, emulate=False), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 6)), jnp.float32)
