@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -80,7 +79,7 @@ def received_channels(hops: tuple[Hop, ...], nodes: int, block: int) -> Int[np.n
 
 
 class PackedExchange(Reader):
-    """Packed exchange (deployment): only the planned channels move, one ``ppermute`` per hop.
+    """Packed exchange (deployment): only the planned channels move, one message per hop.
 
     A node's readable block is its own channels, then what each hop brought. Without hops nothing
     moves. Where devices compute while messages are under way, the two parts stay apart, so that
@@ -146,7 +145,7 @@ class PackedExchange(Reader):
             stop = start + hop.width
             out, back = (None, None) if scale is None else scale[:, :, 0, start:stop]
             sent = jnp.take(x, table[0], axis=-1, mode="clip")
-            moved = lax.ppermute(wire.encode(sent, self.wire_dtype, out), NODE, hop.pairs)
+            moved = self._move(wire.encode(sent, self.wire_dtype, out), hop.pairs)
             received.append(wire.decode(moved, self.wire_dtype, sent, back))
             start = stop
         return jnp.concatenate(received, axis=-1)

@@ -20,7 +20,7 @@ from disco_jax.mesh import NODE
 from disco_jax.packed import Hop, split_hops
 from disco_jax.partition import activation_spec, row_spec
 from disco_jax.readable import Readable, note
-from disco_jax.rows import Move, by_source, check_rows, permute
+from disco_jax.rows import Move, by_source, check_rows
 
 
 class RowsToChannels(Reader):
@@ -73,7 +73,7 @@ class RowsToChannels(Reader):
     def _on_nodes(self, x: Array) -> Array:
         return jax.shard_map(
             lambda x, tables, scale: self.on_node(
-                x, [table[0] for table in tables], lax.axis_index(NODE), permute, scale
+                x, [table[0] for table in tables], lax.axis_index(NODE), self._move, scale
             ),
             mesh=self.mesh.jax_mesh,
             # [b/data, band, ..., c], a row of each table, [2, c]
@@ -100,7 +100,7 @@ class RowsToChannels(Reader):
         pieces: dict[int, list[Array]] = {}  # by the places that they come from
         for hop, channels in zip(self.hops, sends, strict=True):
             sent = _take(codes, channels)
-            moved = move(wire.pack(sent, self.wire_dtype), hop)
+            moved = move(wire.pack(sent, self.wire_dtype), hop.pairs)
             piece = wire.unpack(moved, self.wire_dtype, sent.shape)
             pieces.setdefault(hop.offset, []).append(piece)
         found = [_take(codes, own)]

@@ -23,11 +23,12 @@ from disco_jax.errors import require
 from disco_jax.exchange import Reader
 from disco_jax.gather import floating
 from disco_jax.mesh import NODE
+from disco_jax.messages import Pairs
 from disco_jax.packed import Hop
 from disco_jax.partition import activation_spec, batch_spec, owned, row_spec
 from disco_jax.readable import Readable, ReadableRows, note
 
-Move = Callable[[Array, Hop], Array]
+Move = Callable[[Array, Pairs], Array]
 
 
 class RowReader(Reader):
@@ -75,7 +76,7 @@ class RowReader(Reader):
           x: its part of the map.
           tables: its rows of :meth:`tables`.
           node: which it is.
-          move: gives away, in a hop, what is encoded, and returns what it was given.
+          move: gives away what is encoded, and returns what it was given, by (source, destination).
         """
         raise NotImplementedError
 
@@ -98,7 +99,7 @@ class RowReader(Reader):
     def _on_nodes(self, x: Array) -> Array:
         return jax.shard_map(
             lambda x, tables: self.on_node(
-                x, [table[0] for table in tables], lax.axis_index(NODE), permute
+                x, [table[0] for table in tables], lax.axis_index(NODE), self._move
             ),
             mesh=self.mesh.jax_mesh,
             in_specs=(self._spec(x.ndim), P(NODE)),  # the node's part, a row of each table
@@ -111,7 +112,7 @@ class RowReader(Reader):
         found = []
         for hop, rows in zip(self.hops, sends, strict=True):
             sent = jnp.take(x, rows, axis=1, mode="clip")
-            found.append(wire.decode(move(wire.encode(sent, dtype), hop), dtype, sent))
+            found.append(wire.decode(move(wire.encode(sent, dtype), hop.pairs), dtype, sent))
         return found
 
     def unit_size(self, shape: tuple[int, ...], positions: int) -> int:
@@ -247,8 +248,3 @@ def check_rows(reader: Any, x: Array, *, banded: bool) -> None:
 def by_source(found: Sequence[Array], node: Array | int) -> Array:
     """On a node: what each has sent, by node, given what came from 0, 1, ... places before."""
     return jnp.stack(found)[(node - jnp.arange(len(found))) % len(found)]
-
-
-def permute(encoded: Array, hop: Hop) -> Array:
-    """On a node: gives away what is encoded, and returns what it was given."""
-    return lax.ppermute(encoded, NODE, hop.pairs)

@@ -28,13 +28,14 @@ def read(path: Path) -> list[Row]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         key = row.get("model", RESNET), row["what"], row["nodes"]
-        hosts = row.get("gmacs", 0), row.get("cpu", 1)
+        hosts = row.get("gmacs", 0), row.get("cpu", 1), row.get("burst", 64)
         newest[*key, *hosts, row.get("mbit", 0)] = row
     return [newest[key] for key in sorted(newest)]
 
 
 def show(row: Row) -> None:
     rate = f", {row['mbit']:g} Mbit/s" if "mbit" in row else ""
+    rate += f" in bursts of {row['burst']} kB" if "burst" in row else ""
     share = f", {row['cpu']:g} of a core each" if "cpu" in row else ""
     share += f", {row['gmacs']:g} GMAC/s a core" if "gmacs" in row else ""
     print(f"\n{row.get('model', RESNET)}: {row['what']}, {row['nodes']} nodes{rate}{share}")
@@ -67,7 +68,8 @@ def show_latencies(ways: dict[str, Row]) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Latency against the rate of the link, and bytes against the number of nodes."""
-    rows = [r for r in rows if r["what"] == "latency" and "cpu" not in r and "model" not in r]
+    special = {"cpu", "burst", "model"}
+    rows = [r for r in rows if r["what"] == "latency" and not special & r.keys()]
     most = max(rows, key=lambda row: sum(r["nodes"] == row["nodes"] for r in rows))["nodes"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     draw_rates(left, [row for row in rows if row["nodes"] == most], most)
@@ -153,7 +155,7 @@ def main() -> None:
     rows = read(args.rows)
     for row in rows:
         show(row)
-    fronts = [row for row in rows if row["what"] == "front" and "model" not in row]
+    fronts = [r for r in rows if r["what"] == "front" and not {"model", "burst"} & r.keys()]
     if args.fronts:
         draw_fronts(fronts, args.fronts)
     if args.out:

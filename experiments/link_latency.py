@@ -7,6 +7,7 @@
     sudo python experiments/link_latency.py --model=deit_s --rates 300 100 30 --what latency
     sudo python experiments/link_latency.py --model=ssd300 --rates 100 --what latency
     sudo python experiments/link_latency.py --what front    # rows, channels, and plans of both
+    sudo python experiments/link_latency.py --what front --burst=2 --rates 100    # a wire
     python experiments/link_figure.py                   # table and figure of what is there
 
 Linux and root: the hosts are network namespaces, see ``slow_link.py``. Every program is loaded from
@@ -90,7 +91,7 @@ def measure(every: dict[str, Hosts], rounds: int, each: int) -> tuple[Rows, dict
     computing: dict[str, list[list[float]]] = {way: [] for way in ours}
     wire: dict[str, int] = dict.fromkeys(every, 0)
     links = []
-    for _ in range(rounds):
+    for turn in range(rounds):
         for way, hosts in every.items():
             hosts.seconds(1)  # what the one before left behind
             before = sent(len(hosts.running))
@@ -98,7 +99,8 @@ def measure(every: dict[str, Hosts], rounds: int, each: int) -> tuple[Rows, dict
             wire[way] += sent(len(hosts.running)) - before
             if hosts.ours:
                 computing[way].append(hosts.ask("compute", iterations=each))
-        links.append(every[ours[-1]].ask("link")[0])
+        if turn % max(1, rounds // 4) == 0:
+            links.append(every[ours[-1]].ask("link")[0])
     rows: Rows = {
         way: {
             "ms": round(1e3 * statistics.median(times), 2),
@@ -144,7 +146,7 @@ def fronts(args: argparse.Namespace) -> None:
         plans = args.plans / f"front-{rate:g}"
         make(args, plans, rate)
         at_rate = argparse.Namespace(**{**vars(args), "plans": plans, "rates": [rate]})
-        planned = list(front(args.model, rate, speed(args)))
+        planned = list(front(args.model, rate, speed(args), args.burst))
         same = {way: os.readlink(plans / way) for way in planned if (plans / way).is_symlink()}
         rivals = [way for way in RIVALS[args.model] if way != ROWS]
         ways = [way for way in (*planned, *rivals) if way not in same]
@@ -160,12 +162,12 @@ def make(args: argparse.Namespace, plans: Path, rate: float | None = None) -> No
     """Plans that are not there yet, in a process of its own; those of a front have a rate."""
     ways = WAYS[args.model]
     if rate is not None:
-        ways = front(args.model, rate, speed(args))
+        ways = front(args.model, rate, speed(args), args.burst)
     if (plans / list(ways)[-1]).exists():
         return
     command = [sys.executable, __file__, "--prepare", f"--nodes={args.nodes}"]
     command += [f"--model={args.model}", f"--plans={plans}"]
-    command += [f"--gmacs={args.gmacs}", f"--cpu={args.cpu}", "--rates"]
+    command += [f"--gmacs={args.gmacs}", f"--cpu={args.cpu}", f"--burst={args.burst}", "--rates"]
     subprocess.run([*command, *([] if rate is None else [str(rate)])], check=True)
 
 
@@ -181,8 +183,9 @@ def latencies(
     differences = {way: max(every[way].ask("difference")) for way in ours}
     print("relative to one process that plays all nodes:", differences, flush=True)
     for rate in args.rates:
-        slow_link.limit(args.nodes, rate)
-        found, link = measure(every, rounds=4, each=max(1, args.iterations // 4))
+        slow_link.limit(args.nodes, rate, args.burst)
+        each = max(1, args.iterations // 10)
+        found, link = measure(every, args.iterations // each, each)
         for way in ours:
             found[way]["difference"] = differences[way]
         predict(found, ours, args.plans, link, rate)
@@ -212,7 +215,7 @@ def streams(args: argparse.Namespace, rate: float) -> None:
 
     ``limit`` is what the busier of the two would allow alone: a node's link, or its core.
     """
-    slow_link.limit(args.nodes, rate)
+    slow_link.limit(args.nodes, rate, args.burst)
     every = [Hosts(args, BEST) for _ in range(2)]
     ways = list(itertools.product((1, 2), (1, 2, 4, 8)))
     batches = {images: max(1, args.iterations // images) for _, images in ways}
@@ -249,7 +252,9 @@ def stream(running: list[Hosts], batches: int, images: int) -> float:
 
 def write(args: argparse.Namespace, row: dict[str, Any]) -> None:
     network = {} if args.model == "resnet50" else {"model": args.model}
-    row = {"nodes": args.nodes, **network, **({"cpu": args.cpu} if args.cpu < 1 else {}), **row}
+    hosts = {"cpu": args.cpu} if args.cpu < 1 else {}
+    link = {"burst": args.burst} if args.burst != 64 else {}
+    row = {"nodes": args.nodes, **network, **hosts, **link, **row}
     with args.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row, indent=1), flush=True)
@@ -261,6 +266,7 @@ def main() -> None:
     parser.add_argument("--model", choices=WAYS, default="resnet50")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpu", type=float, default=1.0, help="share of a core that a host has")
+    parser.add_argument("--burst", type=int, default=64, help="kB that pass at once after a rest")
     parser.add_argument(
         "--gmacs", type=float, default=41, help="of a core, 10⁹ a second: for a front's plans"
     )
@@ -280,7 +286,7 @@ def main() -> None:
     elif args.prepare:
         ways = WAYS[args.model]
         if args.rates:
-            ways = front(args.model, *args.rates, speed(args))
+            ways = front(args.model, *args.rates, speed(args), args.burst)
         prepare(args.plans, args.model, args.nodes, ways)
     else:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.plans / "compiled"))

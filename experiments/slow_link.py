@@ -78,13 +78,16 @@ def _remove() -> None:
             shutil.rmtree(Path("/etc/netns") / found, ignore_errors=True)
 
 
-def limit(count: int, mbit: float) -> None:
-    """Sets the rate of every link, in both directions."""
+def limit(count: int, mbit: float, burst: int = 64) -> None:
+    """Sets the rate of every link, in both directions; ``burst`` kB may pass faster after a rest.
+
+    With 2 kB, little more than a frame, it is a wire of that rate.
+    """
     for host in range(count):
         for namespace, device in ((name(host), INTERFACE), (SWITCH, f"port{host}")):
             sh(
                 f"ip netns exec {namespace} tc qdisc replace dev {device} root tbf "
-                f"rate {mbit}mbit burst 64kb latency 400ms"
+                f"rate {mbit}mbit burst {burst}kb latency 400ms"
             )
 
 

@@ -223,10 +223,10 @@ LIBRARY = {
     ),
     "plan_version": (
         lambda: dj.CommunicationPlan.from_json('{"version": 99}'),
-        r"`version` of the plan \(=99\) must be 3; freeze the model again",
+        r"`version` of the plan \(=99\) must be 4; freeze the model again",
     ),
     "plan_field": (
-        lambda: dj.CommunicationPlan.from_json('{"version": 3, "nodes": 2}'),
+        lambda: dj.CommunicationPlan.from_json('{"version": 4, "nodes": 2}'),
         r"`plan` lacks or misspells a field.*freeze the model again",
     ),
     "source": (

@@ -38,6 +38,13 @@ def test_bytes_and_rounds_and_computation_add_up():
     assert again.link_ms == pytest.approx(2 * 0.5 + 3 * 5)
 
 
+def test_every_piece_of_a_message_waits_for_the_link():
+    cut = dataclasses.replace(plan(exchange("a", (100, 40), 10)), message_bytes=400)
+    found = predict(cut, Link(mbit=8, ms=0.5), compute_ms=0)
+    assert cut.collectives == 3 + 1
+    assert found.link_ms == pytest.approx(4 * 0.5 + 1.4)
+
+
 def test_the_slowest_link_of_a_round_counts():
     one = plan(exchange("a", (100,), 10, nodes=3), nodes=3)
     links = Links(Link(mbit=80, ms=0), {(0, 1): Link(mbit=8, ms=0)})

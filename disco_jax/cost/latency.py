@@ -11,6 +11,7 @@ from rich.table import Table
 from disco_jax import wire
 from disco_jax.cost.link import Link, Links
 from disco_jax.errors import require
+from disco_jax.messages import Pairs, pieces
 from disco_jax.plan.spec import CommunicationPlan, ExchangePlan
 
 
@@ -109,10 +110,14 @@ def predict(
             if not isinstance(step, ExchangePlan):
                 buckets.refill(step * share)
                 since += step * share
-            elif step.collectives(plan.nodes):
+            elif rounds := step.rounds(plan.nodes):
                 waiting, since = buckets.links.jitter * since, 0.0
                 buckets.refill(waiting)
-                spent[step.path] += waiting + sum(_seconds(step, plan.nodes, examples, buckets))
+                spent[step.path] += waiting
+                for size, pairs in rounds:
+                    count = pieces(size, plan.message_bytes)
+                    for _ in range(count):
+                        spent[step.path] += _round(pairs, examples * size / count, buckets)
     return Prediction(
         tuple(
             LinkTime(e.path, e.traffic_bytes(plan.nodes), 1e3 * spent[e.path])
@@ -161,24 +166,8 @@ class _Buckets:
         return link.ms / 1e3 + seconds
 
 
-def _seconds(
-    exchange: ExchangePlan, nodes: int, examples: int, buckets: _Buckets
-) -> Iterable[float]:
-    """What each message round of an exchange takes."""
-
-    def size(positions: int, width: int) -> int:
-        return examples * wire.message_bytes(positions * width, exchange.wire_dtype)
-
-    for positions in exchange.positions:
-        for hop in exchange.hops:
-            yield _round(hop.pairs, size(positions, hop.width), buckets)
-        if exchange.gathered:  # a ring: what a node has travels on to the next, n - 1 times
-            ring = tuple((s, (s + 1) % nodes) for s in range(nodes))
-            for _ in range(nodes - 1):
-                yield _round(ring, size(positions, exchange.gathered), buckets)
-
-
-def _round(pairs: Iterable[tuple[int, int]], size: int, buckets: _Buckets) -> float:
+def _round(pairs: Pairs, size: float, buckets: _Buckets) -> float:
+    """Seconds until a message is through on each of these links."""
     seconds = max(buckets.send(pair, size) for pair in pairs)
     buckets.refill(seconds)
     return seconds

@@ -19,7 +19,9 @@ from disco_jax.rows import ChannelsToRows, ReplicatedRows, RowReader
 from disco_jax.trace import ExchangeRecord, LayerRecord, Trace, modules
 
 
-def account(model: nnx.Module, packed: Trace, peak_activation_bytes: int) -> CommunicationPlan:
+def account(
+    model: nnx.Module, packed: Trace, peak_activation_bytes: int, message_bytes: int | None
+) -> CommunicationPlan:
     """The plan of a packed model, given its trace."""
     found: dict[str, Any] = dict(modules(model))
     calls: dict[str, list[ExchangeRecord]] = {}
@@ -33,6 +35,7 @@ def account(model: nnx.Module, packed: Trace, peak_activation_bytes: int) -> Com
         tuple(_exchange_plan(found[path], records) for path, records in calls.items()),
         tuple(_layer_plan(found[path], records) for path, records in layers.items()),
         peak_activation_bytes,
+        message_bytes,
     )
 
 

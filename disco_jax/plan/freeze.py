@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from disco_jax import wire
 from disco_jax.bands import Bands
 from disco_jax.errors import require
-from disco_jax.exchange import Exchange
+from disco_jax.exchange import Exchange, Reader
+from disco_jax.gather import AllGather
 from disco_jax.mesh import NODE, NodeMesh
+from disco_jax.messages import check_message_bytes
 from disco_jax.packed import Hop, PackedExchange, received_channels, split_hops
 from disco_jax.plan.account import account
 from disco_jax.plan.fold import fold_norms
@@ -96,17 +98,20 @@ def freeze(
         ``(pattern, wire_dtype)``, the first of which counts that is found in an exchange's path.
         None sends what the model was quantised to, or else what is computed.
       mesh: where the packed model is to run, the model's own mesh by default.
-      message_bytes: what a message has at most per example; larger ones go in pieces, one after
-        another. On several hosts 100_000 is better than none: of larger messages gloo sends only
-        the first 100 KB while it receives, then the two directions take turns.
+      message_bytes: what a message has at most per example, a multiple of 8; larger ones go in
+        pieces, one after another. On several hosts 100_000 is better than none: a node of gloo
+        that comes later sends all of its message before it says that it is ready to receive, so
+        that two nodes take turns; a link that may send in bursts makes up for small ones.
 
     Returns:
       The packed model, compiled on its first call.
 
     Raises:
       DiscoError: if the mesh has another number of nodes, the wire dtype is not one or has no
-        images to be calibrated on, or the model has no exchange.
+        images to be calibrated on, ``message_bytes`` is not such a size, or the model has no
+        exchange.
     """
+    check_message_bytes(message_bytes)
     found, rows = exchanges(model), RowPlan.of(model, images)
     require(
         bool(found) or rows is not None,
@@ -139,9 +144,10 @@ def freeze(
     _pack(packed, hops, dtypes, scales, from_rows)
     if rows is not None:
         pack_rows(packed, rows)
+    limit_messages(packed, message_bytes)
     packed.eval()
-    plan = account(packed, trace(packed, images), _peak_activation_bytes(packed, images))
-    return Frozen(packed, plan)
+    peak = _peak_activation_bytes(packed, images)
+    return Frozen(packed, account(packed, trace(packed, images), peak, message_bytes))
 
 
 def move(model: nnx.Module, mesh: NodeMesh) -> None:
@@ -162,14 +168,23 @@ def _moved(value: jax.Array, mesh: NodeMesh) -> jax.Array:
     return mesh.put(np.asarray(value), *getattr(value.sharding, "spec", ()))
 
 
+def limit_messages(model: nnx.Module, message_bytes: int | None) -> None:
+    """Tells every exchange of a packed model what a message has at most per example, in place."""
+    for _, module in modules(model):
+        if isinstance(module, Reader | AllGather):
+            module.message_bytes = message_bytes
+
+
 def _hops(
     found: Mapping[str, Exchange], traced: Trace, dtypes: Mapping[str, str], most: int | None
 ) -> dict[str, tuple[Hop, ...]]:
-    """The messages of every exchange, of ``most`` bytes at most."""
+    """The messages of every exchange, of ``most`` bytes at most, or of one channel.
+
+    So that a node packs the next one while the link, where it may send in bursts, catches up.
+    """
     hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
     if most is None:
         return hops
-    require(most >= 1, f"`message_bytes` (={most}) must be at least 1; 100_000 is usual")
     channels = {
         r.path: _most(most, r.positions, dtypes[r.path]) or 1
         for r in traced.exchanges

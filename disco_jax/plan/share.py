@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Shaped
 from disco_jax import wire
 from disco_jax.exchange import Local, Parts, Reader
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.packed import Hop, PackedExchange
+from disco_jax.messages import Pairs
+from disco_jax.packed import PackedExchange
 from disco_jax.plan.frozen import Frozen, Program
 from disco_jax.readable import Readable, ReadableRows
 from disco_jax.repartition import RowsToChannels
@@ -69,7 +70,7 @@ class LoopbackRows(nnx.Module):
         )
 
 
-def _made(encoded: Array, hop: Hop | None = None) -> Array:
+def _made(encoded: Array, pairs: Pairs = ()) -> Array:
     """What travels is really made."""
     return jax.lax.optimization_barrier(encoded)
 

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from disco_jax import wire
 from disco_jax.errors import DiscoError, require
+from disco_jax.messages import Pairs, pieces
 from disco_jax.packed import Hop
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +48,34 @@ class ExchangePlan:
 
     def kept(self, nodes: int) -> int:
         """(channel, link) pairs that travel, fill included."""
-        return sum(width * messages for width, messages in self._messages(nodes))
+        return sum(width * len(pairs) for width, pairs in self._sent(nodes))
 
-    def _messages(self, nodes: int) -> list[tuple[int, int]]:
-        """How many numbers per position travel at once, over how many links."""
-        hops = [(hop.width, len(hop.pairs)) for hop in self.hops]
-        return [*hops, (self.gathered, nodes * (nodes - 1))]
+    def rounds(self, nodes: int) -> list[tuple[int, Pairs]]:
+        """The messages that travel at once, one round after another: bytes per example, links."""
+        return [
+            (wire.message_bytes(positions * width, self.wire_dtype), pairs)
+            for positions in self.positions
+            for width, pairs in self._sent(nodes)
+        ]
+
+    def _sent(self, nodes: int) -> list[tuple[int, Pairs]]:
+        """The same for one position, in numbers."""
+        ring = tuple((s, (s + 1) % nodes) for s in range(nodes))
+        rings = (nodes - 1) * [(self.gathered, ring)] if self.gathered else []
+        return [*((hop.width, hop.pairs) for hop in self.hops), *rings]
 
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
-        return sum(
-            wire.message_bytes(positions * width, self.wire_dtype) * messages
-            for positions in self.positions
-            for width, messages in self._messages(nodes)
-        )
+        return sum(size * len(pairs) for size, pairs in self.rounds(nodes))
 
     @property
     def dense_traffic_bytes(self) -> int:
         """The same for the dense split by channels in float32: all nodes get all channels."""
         return 4 * self.dense_numbers
 
-    def collectives(self, nodes: int) -> int:
+    def collectives(self, nodes: int, message_bytes: int | None = None) -> int:
         """Collectives that the compiled program has for it."""
-        return len(self.positions) * (len(self.hops) + (nodes - 1) * (self.gathered > 0))
+        return sum(pieces(size, message_bytes) for size, _ in self.rounds(nodes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,8 @@ class LayerPlan:
 class CommunicationPlan:
     """The frozen, static schedule of a packed model.
 
-    ``peak_activation_bytes`` is what one node holds at one time between layers, per example.
+    ``peak_activation_bytes`` is what one node holds at one time between layers, and
+    ``message_bytes`` what a message has at most (None: any size), both per example.
 
     >>> plan = CommunicationPlan(2, (ExchangePlan("conv", (), (4,), 2, "float32", (
     ...     Hop(1, ((0,), (0,))),), dense_numbers=8),), ())
@@ -104,6 +111,7 @@ class CommunicationPlan:
     exchanges: tuple[ExchangePlan, ...]
     layers: tuple[LayerPlan, ...]
     peak_activation_bytes: int = 0
+    message_bytes: int | None = None
     version: int = VERSION
 
     @property
@@ -139,7 +147,7 @@ class CommunicationPlan:
     @property
     def collectives(self) -> int:
         """Collectives that the compiled program has."""
-        return sum(e.collectives(self.nodes) for e in self.exchanges)
+        return sum(e.collectives(self.nodes, self.message_bytes) for e in self.exchanges)
 
     def to_json(self) -> str:
         """A JSON document that :meth:`from_json` reads back."""
@@ -166,7 +174,8 @@ class CommunicationPlan:
         try:
             exchanges = tuple(_exchange(e) for e in content["exchanges"])
             layers = tuple(LayerPlan(**layer) for layer in content["layers"])
-            return cls(content["nodes"], exchanges, layers, content["peak_activation_bytes"])
+            sizes = (content[name] for name in ("peak_activation_bytes", "message_bytes"))
+            return cls(content["nodes"], exchanges, layers, *sizes)
         except (KeyError, TypeError) as error:
             raise DiscoError(
                 f"`plan` lacks or misspells a field ({error}); freeze the model again"
