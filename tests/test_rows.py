@@ -243,7 +243,7 @@ def test_integers_from_rows_to_channels(wire_dtype, tmp_path):
         dj.sparsify.quantise(model, x, wire_dtype)
         expected = model(x)
         assert error(expected, exact) > 1e-4
-        frozen = dj.freeze(model, x, message_bytes=300)
+        frozen = dj.freeze(model, x, message_bytes=304)
         assert len(frozen.plan.exchanges[3].hops) >= 2
         frozen.save(tmp_path / str(mesh.distributed))
         loaded = dj.load(tmp_path / str(mesh.distributed), mesh)
