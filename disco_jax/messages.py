@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ Pairs = Sequence[tuple[int, int]]
 def check_message_bytes(most: int | None) -> int | None:
     """Returns ``most`` if it can be the largest size of a message, else raises a DiscoError."""
     require(
-        most is None or (most > 0 and most % 8 == 0),
-        f"`message_bytes` (={most}) must be a positive multiple of 8, the size of the largest "
+        most is None or (isinstance(most, int) and most > 0 and most % 8 == 0),
+        f"`message_bytes` (={most!r}) must be a positive multiple of 8, the size of the largest "
         "number; 100_000 is usual",
     )
     return most
@@ -43,7 +44,7 @@ def permute(
       pairs: (source, destination), every node at most once as either.
       most: bytes of an example that go at once; what is more goes in pieces, one after another.
     """
-    if most is None or x.nbytes // x.shape[0] <= most:
+    if most is None or pieces(math.prod(x.shape[1:]) * x.dtype.itemsize, most) <= 1:
         return lax.ppermute(x, NODE, pairs)
     flat = jnp.reshape(x, -1)
     piece = x.shape[0] * most // x.dtype.itemsize

@@ -102,7 +102,7 @@ def test_large_messages_go_in_pieces(wire_dtype, rows, tmp_path):
     dj.verify(dj.load(tmp_path, mesh), x)
 
 
-@pytest.mark.parametrize("size", [0, -8, 12])
+@pytest.mark.parametrize("size", [0, -8, 12, 16.0])
 def test_refused_size_of_messages(size):
     model = dj.models.create("resnet8", mesh=dj.NodeMesh(2, emulate=True), rngs=nnx.Rngs(0))
     with pytest.raises(dj.DiscoError, match=rf"`message_bytes` \(={size}\)"):
