@@ -143,7 +143,7 @@ def predict(found: Rows, ours: list[str], plans: Path, link: dict[str, float], m
 def fronts(args: argparse.Namespace) -> None:
     """One line for each rate, of plans made for it."""
     for rate in args.rates:
-        plans = args.plans / f"front-{rate:g}"
+        plans = args.plans / f"front-{rate:g}-{speed(args):g}-{args.burst}"  # what they depend on
         make(args, plans, rate)
         at_rate = argparse.Namespace(**{**vars(args), "plans": plans, "rates": [rate]})
         planned = list(front(args.model, rate, speed(args), args.burst))
