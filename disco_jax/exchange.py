@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float
 from disco_jax import wire
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.messages import Pairs, permute
 from disco_jax.partition import activation_spec, batch_spec, check_batch, owned, padded
 from disco_jax.readable import Readable, note
 
@@ -43,11 +42,9 @@ class Reader(nnx.Module):
       split_axis: of a kernel that reads it, the axis whose entries the nodes share; None where all
         of them hold all of it.
       name: the path within a model, once ``trace.name_exchanges`` has given one.
-      message_bytes: what a message has at most per example, once ``freeze`` has said so.
     """
 
     split_axis: int | None = -1  # output channels
-    message_bytes: int | None = None
     repeats = False  # whether every node computes all outputs
 
     def __init__(self, features: int, *, mesh: NodeMesh, pad: bool = False, unit: int = 1):
@@ -63,9 +60,6 @@ class Reader(nnx.Module):
     def outputs(self, features: int, *, pad: bool, unit: int = 1) -> int:
         """Channels, dead ones included, of a layer of ``features`` outputs that reads this."""
         return padded(features, self.mesh.nodes, pad=pad, unit=unit, name="out_features")
-
-    def _move(self, encoded: Array, pairs: Pairs) -> Array:
-        return permute(encoded, pairs, self.message_bytes)
 
     def _check(self, x: Array) -> None:
         require(

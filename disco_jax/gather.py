@@ -17,7 +17,7 @@ from disco_jax import wire
 from disco_jax.bands import Bands
 from disco_jax.errors import require
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.messages import permute
+from disco_jax.messages import permute, ring
 from disco_jax.partition import activation_spec, batch_spec, padded, row_spec
 from disco_jax.readable import note
 
@@ -29,10 +29,7 @@ class AllGather(nnx.Module):
 
     Attributes:
       bands: where what is gathered is split by rows, its rows.
-      message_bytes: what a message has at most per example, once ``freeze`` has said so.
     """
-
-    message_bytes: int | None = None
 
     def __init__(self, width: int, *, mesh: NodeMesh):
         self.width = width
@@ -53,7 +50,7 @@ class AllGather(nnx.Module):
     ) -> Float[Array, "b h ... c"]:
         if self.mesh.nodes > 1:
             note(self, x)
-            x = everywhere(x, self.mesh, wire_dtype, axis=1, most=self.message_bytes)
+            x = everywhere(x, self.mesh, wire_dtype, axis=1)
         return x[:, : bands.height]
 
 
@@ -87,7 +84,7 @@ class Gather(AllGather):
         if self.mesh.nodes == 1 or (whole and not self.always):
             return x
         note(self, x)
-        found = everywhere(x, self.mesh, self.wire_dtype, most=self.message_bytes)
+        found = everywhere(x, self.mesh, self.wire_dtype)
         return found[..., : self.features]
 
 
@@ -117,7 +114,7 @@ class Sum(AllGather):
         if self.mesh.nodes == 1 or x.shape[-1] == self.features:
             return x
         note(self, x)
-        x = everywhere(x, self.mesh, self.wire_dtype, most=self.message_bytes)
+        x = everywhere(x, self.mesh, self.wire_dtype)
         return jnp.reshape(x, (*x.shape[:-1], self.mesh.nodes, self.features)).sum(-2)
 
 
@@ -127,7 +124,7 @@ class Everywhere(AllGather):
     def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
         if self.mesh.nodes > 1:
             note(self, x)
-        return everywhere(x, self.mesh, most=self.message_bytes)
+        return everywhere(x, self.mesh)
 
 
 class Statistics(AllGather):
@@ -156,7 +153,7 @@ class Statistics(AllGather):
             blocks = jnp.reshape(x, (*x.shape[:-1], self.mesh.nodes, block))
             return _merge(jax.vmap(_moments, (-2, 0), -2)(blocks, counts), counts)
         spec = activation_spec(x.ndim, self.mesh)
-        gather = partial(_all_gather, dtype=str(x.dtype), most=self.message_bytes)
+        gather = partial(_all_gather, dtype=str(x.dtype))
         return jax.shard_map(
             lambda x, count: _merge(jnp.moveaxis(gather(_moments(x, count[0])), 0, -2), counts),
             mesh=self.mesh.jax_mesh,
@@ -172,17 +169,16 @@ def everywhere(
     wire_dtype: str | None = None,
     *,
     axis: int = -1,
-    most: int | None = None,
 ) -> Float[Array, "b ... c"]:
     """Gives every node the channels of all, or along ``axis`` 1 the rows, as they arrive.
 
-    The gradient passes through the rounding as if there were none. ``most``: see ``permute``.
+    The gradient passes through the rounding as if there were none.
     """
     dtype = wire_dtype or str(x.dtype)
     if not mesh.distributed:
         return x if dtype == x.dtype else wire.rounded(x, dtype, None)
     return jax.shard_map(
-        lambda x: jnp.concatenate([*_all_gather(x, dtype, most)], axis),
+        lambda x: jnp.concatenate([*_all_gather(x, dtype)], axis),
         mesh=mesh.jax_mesh,
         # [b/data, ..., c/n] or [b/data, band, ...]
         in_specs=(activation_spec if axis == -1 else row_spec)(x.ndim, mesh),
@@ -201,13 +197,13 @@ def floating(wire_dtype: str | None) -> str | None:
     return wire_dtype
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(x: Shaped[Array, "b ..."], dtype: str, most: int | None) -> Shaped[Array, "n ..."]:
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_gather(x: Shaped[Array, "b ..."], dtype: str) -> Shaped[Array, "n ..."]:
     """What every node has, in as many bytes as the dtype says."""
-    return wire.decode(_around(wire.encode(x, dtype), most), dtype, x)
+    return wire.decode(_around(wire.encode(x, dtype)), dtype, x)
 
 
-def _all_gather_bwd(dtype: str, most: int | None, _: None, gradient: Array) -> tuple[Array]:
+def _all_gather_bwd(dtype: str, _: None, gradient: Array) -> tuple[Array]:
     """The transpose of a gather that rounds nothing: bits have no gradient."""
     return jax.linear_transpose(_around, jax.typeof(gradient[0]))(gradient)
 
@@ -215,14 +211,13 @@ def _all_gather_bwd(dtype: str, most: int | None, _: None, gradient: Array) -> t
 _all_gather.defvjp(lambda *args: (_all_gather(*args), None), _all_gather_bwd)
 
 
-def _around(sent: Shaped[Array, "b ..."], most: int | None = None) -> Shaped[Array, "n ..."]:
+def _around(sent: Shaped[Array, "b ..."]) -> Shaped[Array, "n ..."]:
     """What every node sends, by one permute a ring offset.
 
     It is as fast as gloo's own all-gather, and counted like every other message.
     """
     n = lax.axis_size(NODE)
-    rings = [[(s, (s + offset) % n) for s in range(n)] for offset in range(1, n)]
-    found = jnp.stack([sent, *(permute(sent, ring, most) for ring in rings)])
+    found = jnp.stack([sent, *(permute(sent, ring(n, offset)) for offset in range(1, n))])
     source = (lax.axis_index(NODE) - jnp.arange(n)) % n  # offset k brings what node - k has
     return found[source]
 

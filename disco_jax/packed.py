@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from disco_jax import wire
 from disco_jax.exchange import Reader, Scale
 from disco_jax.mesh import NODE
+from disco_jax.messages import Pairs, permute, ring
 from disco_jax.partition import activation_spec
 from disco_jax.readable import Readable, note
 
@@ -39,22 +40,23 @@ class Hop:
         return max(map(len, self.sends))
 
     @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
+    def pairs(self) -> Pairs:
         """(source, destination) of every message."""
-        n = len(self.sends)
-        return tuple((s, (s + self.offset) % n) for s in range(n) if self.sends[s])
+        return tuple(pair for pair in ring(len(self.sends), self.offset) if self.sends[pair[0]])
 
     def filled(self) -> Int[np.ndarray, "n width"]:
         """``sends`` as a table, filled up with channel 0."""
         return np.array([(*s, *[0] * (self.width - len(s))) for s in self.sends], np.int32)
 
 
-def split_hops(hops: tuple[Hop, ...], most: int) -> tuple[Hop, ...]:
-    """The same messages in pieces of at most ``most`` channels.
+def split_hops(hops: tuple[Hop, ...], most: int | None) -> tuple[Hop, ...]:
+    """The same messages in pieces of at most ``most`` channels; None: of any number.
 
     >>> split_hops((Hop(1, ((), (0, 1, 2))),), 2)
     (Hop(offset=1, sends=((), (0, 1))), Hop(offset=1, sends=((), (2,))))
     """
+    if most is None:
+        return hops
     return tuple(
         Hop(hop.offset, tuple(sent[i : i + most] for sent in hop.sends))
         for hop in hops
@@ -79,7 +81,7 @@ def received_channels(hops: tuple[Hop, ...], nodes: int, block: int) -> Int[np.n
 
 
 class PackedExchange(Reader):
-    """Packed exchange (deployment): only the planned channels move, one message per hop.
+    """Packed exchange (deployment): only the planned channels move, hop by hop.
 
     A node's readable block is its own channels, then what each hop brought. Without hops nothing
     moves. Where devices compute while messages are under way, the two parts stay apart, so that
@@ -145,7 +147,7 @@ class PackedExchange(Reader):
             stop = start + hop.width
             out, back = (None, None) if scale is None else scale[:, :, 0, start:stop]
             sent = jnp.take(x, table[0], axis=-1, mode="clip")
-            moved = self._move(wire.encode(sent, self.wire_dtype, out), hop.pairs)
+            moved = permute(wire.encode(sent, self.wire_dtype, out), hop.pairs)
             received.append(wire.decode(moved, self.wire_dtype, sent, back))
             start = stop
         return jnp.concatenate(received, axis=-1)

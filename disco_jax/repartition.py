@@ -17,6 +17,7 @@ from disco_jax import wire
 from disco_jax.bands import Bands
 from disco_jax.exchange import Reader, Scale
 from disco_jax.mesh import NODE
+from disco_jax.messages import permute
 from disco_jax.packed import Hop, split_hops
 from disco_jax.partition import activation_spec, row_spec
 from disco_jax.readable import Readable, note
@@ -60,7 +61,7 @@ class RowsToChannels(Reader):
             Hop(offset, tuple(wanted[(s + offset) % len(nodes)] for s in nodes))
             for offset in nodes[1:]
         )
-        self.hops = hops if most is None else split_hops(hops, most)
+        self.hops = split_hops(hops, most)
         self.readable = wanted
 
     def __call__(self, x: Float[Array, "b h ... c"]) -> Readable:
@@ -73,7 +74,7 @@ class RowsToChannels(Reader):
     def _on_nodes(self, x: Array) -> Array:
         return jax.shard_map(
             lambda x, tables, scale: self.on_node(
-                x, [table[0] for table in tables], lax.axis_index(NODE), self._move, scale
+                x, [table[0] for table in tables], lax.axis_index(NODE), permute, scale
             ),
             mesh=self.mesh.jax_mesh,
             # [b/data, band, ..., c], a row of each table, [2, c]

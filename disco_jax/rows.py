@@ -23,7 +23,7 @@ from disco_jax.errors import require
 from disco_jax.exchange import Reader
 from disco_jax.gather import floating
 from disco_jax.mesh import NODE
-from disco_jax.messages import Pairs
+from disco_jax.messages import Pairs, permute
 from disco_jax.packed import Hop
 from disco_jax.partition import activation_spec, batch_spec, owned, row_spec
 from disco_jax.readable import Readable, ReadableRows, note
@@ -99,7 +99,7 @@ class RowReader(Reader):
     def _on_nodes(self, x: Array) -> Array:
         return jax.shard_map(
             lambda x, tables: self.on_node(
-                x, [table[0] for table in tables], lax.axis_index(NODE), self._move
+                x, [table[0] for table in tables], lax.axis_index(NODE), permute
             ),
             mesh=self.mesh.jax_mesh,
             in_specs=(self._spec(x.ndim), P(NODE)),  # the node's part, a row of each table

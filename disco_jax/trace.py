@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from disco_jax.errors import require
 from disco_jax.exchange import Exchange, Reader
 from disco_jax.gather import AllGather
 from disco_jax.layers.attention import DotProductAttention
@@ -143,6 +144,11 @@ def _records(model: nnx.Module, events: list[tuple[Any, Any]], batch: int) -> Tr
     consumers = {path: tuple(p for p, _ in layers) for path, layers in readers(model).items()}
     moved, computed = [], []
     for module, value in events:
+        require(
+            id(module) in paths,
+            f"`model` calls a copy of its {type(module).__name__}, so that its path is not known; "
+            "call it without nnx.jit, nnx.remat and the like inside of the model",
+        )
         path = paths[id(module)]
         # Some models fold other axes into that of the batch, windows of tokens say.
         positions = max(1, math.prod(value.shape[:-1]) // batch)

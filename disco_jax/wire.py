@@ -32,10 +32,10 @@ def check_wire_dtype(wire_dtype: str) -> str:
     return wire_dtype
 
 
-def message_bytes(count: int, wire_dtype: str) -> int:
+def nbytes(count: int, wire_dtype: str) -> int:
     """Bytes of a message of ``count`` numbers.
 
-    >>> [message_bytes(3, d) for d in ("float32", "float16", "int8", "int4")]
+    >>> [nbytes(3, d) for d in ("float32", "float16", "int8", "int4")]
     [12, 6, 3, 2]
     """
     return -(-count * BITS[check_wire_dtype(wire_dtype)] // 8)

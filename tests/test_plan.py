@@ -1,6 +1,7 @@
 """No hidden communication: compiled collectives, their shapes and the plan say the same."""
 
 import json
+import re
 from typing import ClassVar
 
 import jax
@@ -96,10 +97,57 @@ def test_large_messages_go_in_pieces(wire_dtype, rows, tmp_path):
     assert pieces.plan.collectives == sum(-(-size // 16) for size in sizes)
     assert pieces.plan.collectives > whole.plan.collectives
     np.testing.assert_array_equal(pieces(x), whole(x))
+    assert rows or pieces(x[:0]).shape == (0, 10)
     found = dj.verify(pieces, x)
     assert max(c.result_bytes for c in found) == 2 * 16  # of two images
     pieces.save(tmp_path)
     dj.verify(dj.load(tmp_path, mesh), x)
+
+
+class Windows(nnx.Module):
+    """A plain model: windows in the batch, a layer norm, a result of all channels."""
+
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(8, 10, rngs=rngs), nnx.LayerNorm(10, rngs=rngs)
+        self.second = nnx.Linear(10, 7, rngs=rngs)
+
+    def __call__(self, x):
+        windows = self.norm(self.first(x)).reshape(-1, 2, 10)
+        found = jnp.sort(self.second(nnx.relu(windows)), -1)
+        return found.reshape(x.shape[0], -1, 7)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "int4"])
+def test_pieces_of_a_model_that_folds_axes_into_the_batch(wire_dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 8)), jnp.float32)
+    model = dj.distribute(Windows(nnx.Rngs(0)), dj.NodeMesh(3, emulate=False), x)
+    whole = dj.freeze(model, x, wire_dtype=wire_dtype)
+    pieces = dj.freeze(model, x, wire_dtype=wire_dtype, message_bytes=np.int64(16))
+    assert pieces.plan == CommunicationPlan.from_json(pieces.plan.to_json())
+    assert sum(e.gathered > 0 for e in pieces.plan.exchanges) == 2  # statistics, result
+    found = dj.verify(pieces, x)
+    assert max(c.result_bytes for c in found) == 2 * 16  # of two images
+    np.testing.assert_array_equal(pieces(x), whole(x))
+
+
+def test_rounds_are_the_pairs_of_the_program():
+    conv = dj.layers.Conv(6, 6, (3, 3), mesh=dj.NodeMesh(3, emulate=False), rngs=nnx.Rngs(0))
+    head = dj.Gather(6, mesh=conv.mesh, always=True)
+    x = jnp.ones((1, 4, 4, 6))
+    frozen = dj.freeze(nnx.Sequential(conv, head), x)
+    text = frozen.lower(x).compile().as_text()
+    found = re.findall(r"source_target_pairs=\{(\{.*?\})\}", text)
+    planned = [pairs for e in frozen.plan.exchanges for _, pairs in e.rounds(3)]
+    written = [",".join(f"{{{a},{b}}}" for a, b in pairs) for pairs in planned]
+    assert sorted(found) == sorted(written)
+    assert len(set(found)) == 2
+
+
+@pytest.mark.parametrize("size", [0, -8, 12, 16.0, "16"])
+def test_refused_size_of_messages_in_a_plan(size):
+    text = CommunicationPlan(2, (), ()).to_json().replace("null", json.dumps(size))
+    with pytest.raises(dj.DiscoError, match=rf"`message_bytes` \(={size!r}\)"):
+        CommunicationPlan.from_json(text)
 
 
 @pytest.mark.parametrize("size", [0, -8, 12, 16.0])
@@ -253,6 +301,18 @@ def test_verify_finds_a_collective_that_the_plan_lacks():
         dj.verify(frozen, jnp.ones((1, 8)))
 
 
+def test_a_layer_under_a_transform_of_flax_is_refused():
+    class Compiled(nnx.Module):
+        def __init__(self):
+            self.dense = dj.layers.Dense(8, 8, mesh=dj.NodeMesh(2), rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.jit(lambda dense, x: dense(x))(self.dense, x)
+
+    with pytest.raises(dj.DiscoError, match="copy of its Exchange"):
+        dj.freeze(Compiled(), jnp.ones((1, 8)))
+
+
 class Loop(nnx.Module):
     """The same layer five times in a compiled loop."""
 
@@ -263,12 +323,17 @@ class Loop(nnx.Module):
         return jax.lax.fori_loop(0, 5, lambda _, x: self.dense(x), x)
 
 
-def test_verify_counts_every_turn_of_a_loop():
+@pytest.mark.parametrize("message_bytes", [None, 8])
+def test_verify_counts_every_turn_of_a_loop(message_bytes):
+    """The pieces of a message are a loop within that loop."""
     x = jnp.ones((1, 8))
-    frozen = dj.freeze(Loop(dj.NodeMesh(2, emulate=False)), x)
+    model = Loop(dj.NodeMesh(2, emulate=False))
+    frozen = dj.freeze(model, x, message_bytes=message_bytes)
     found = collectives(frozen.lower(x).compile())
     assert sum(c.traffic_bytes for c in found) == 5 * frozen.plan.traffic_bytes
-    with pytest.raises(dj.DiscoError, match=r"has 5 collectives moving 160 .* 1 moving 32"):
+    count = frozen.plan.collectives
+    error = rf"has {5 * count} collectives moving 160 .* {count} moving 32"
+    with pytest.raises(dj.DiscoError, match=error):
         dj.verify(frozen, x)
 
 
@@ -374,6 +439,25 @@ class TestHlo:
     def test_lines(self):
         for line, expected in self.LINES.items():
             assert collectives(line) == (expected,)
+
+    def test_loops(self):
+        line = next(iter(self.LINES))
+        trips = ', backend_config={"known_trip_count":{"n":"%d"}}'
+        inner, outer = (f" while(%t), condition=%c, body=%{body}" for body in ("in", "out"))
+        text = f"""
+%in (x: f32[]) -> f32[] {{
+  {line}
+}}
+%out (x: f32[]) -> f32[] {{
+  %w = f32[]{inner}{trips % 3}
+}}
+ENTRY %main (x: f32[]) -> f32[] {{
+  %v = f32[]{outer}{trips % 5}
+  {line}
+}}"""
+        assert collectives(text) == 16 * (self.LINES[line],)
+        with pytest.raises(dj.DiscoError, match="number of turns is not known"):
+            collectives(text.replace(trips % 5, ""))
 
     def test_nothing_else(self):
         assert collectives("%d = f32[2] collective-permute-done(%s)\n%a = f32[2] add(%b, %c)") == ()

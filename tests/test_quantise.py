@@ -66,7 +66,7 @@ def test_int4_of_any_shape(shape):
     codes = np.random.default_rng(0).integers(16, size=shape).astype(np.float32)
     scale = wire.scale(jnp.zeros(shape[-1]), jnp.full(shape[-1], 15.0), "int4")
     sent = wire.encode(jnp.asarray(codes), "int4", scale)
-    assert sent.nbytes == 2 * wire.message_bytes(codes[0].size, "int4")
+    assert sent.nbytes == 2 * wire.nbytes(codes[0].size, "int4")
     np.testing.assert_array_equal(wire.decode(sent, "int4", codes, scale), codes)
 
 

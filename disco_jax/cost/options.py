@@ -221,7 +221,7 @@ class Prices:
         return self.macs[path] * Bands.equal(height, self.nodes).size / height
 
     def _message(self, numbers: float, dtype: str) -> np.ndarray:
-        return np.array([1.0, wire.message_bytes(int(numbers * self.examples), dtype)])
+        return np.array([1.0, wire.nbytes(int(numbers * self.examples), dtype)])
 
     def seconds(self, steps: Any, waits: float = 1.0) -> Any:
         """Of messages, bytes and computation, if so much of the bytes waits for the link's rate."""

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.errors import require
 from disco_jax.mesh import NodeMesh
+from disco_jax.messages import limited
 from disco_jax.partition import batch_spec
 from disco_jax.plan.artifact import (
     MANIFEST,
@@ -59,7 +60,8 @@ def write(
         f"JAX_NUM_CPU_DEVICES={plan.nodes * mesh.data}",
     )
     variables = whole(model)
-    program = _program(model, variables, mesh, images)
+    with limited(plan.message_bytes, images.shape[0] // mesh.data):
+        program = _program(model, variables, mesh, images)
     files = (PROGRAM, PLAN, *(f"node-{node}.npz" for node in range(plan.nodes)))
     with new_directory(directory) as begun:
         (begun / PROGRAM).write_bytes(program.serialize())

@@ -14,10 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from disco_jax import wire
 from disco_jax.bands import Bands
 from disco_jax.errors import require
-from disco_jax.exchange import Exchange, Reader
-from disco_jax.gather import AllGather
+from disco_jax.exchange import Exchange
 from disco_jax.mesh import NODE, NodeMesh
-from disco_jax.messages import check_message_bytes
+from disco_jax.messages import check_message_bytes, limited
 from disco_jax.packed import Hop, PackedExchange, received_channels, split_hops
 from disco_jax.plan.account import account
 from disco_jax.plan.fold import fold_norms
@@ -111,7 +110,7 @@ def freeze(
         images to be calibrated on, ``message_bytes`` is not such a size, or the model has no
         exchange.
     """
-    check_message_bytes(message_bytes)
+    message_bytes = check_message_bytes(message_bytes)
     found, rows = exchanges(model), RowPlan.of(model, images)
     require(
         bool(found) or rows is not None,
@@ -144,9 +143,8 @@ def freeze(
     _pack(packed, hops, dtypes, scales, from_rows)
     if rows is not None:
         pack_rows(packed, rows)
-    limit_messages(packed, message_bytes)
     packed.eval()
-    peak = _peak_activation_bytes(packed, images)
+    peak = _peak_activation_bytes(packed, images, message_bytes)
     return Frozen(packed, account(packed, trace(packed, images), peak, message_bytes))
 
 
@@ -168,13 +166,6 @@ def _moved(value: jax.Array, mesh: NodeMesh) -> jax.Array:
     return mesh.put(np.asarray(value), *getattr(value.sharding, "spec", ()))
 
 
-def limit_messages(model: nnx.Module, message_bytes: int | None) -> None:
-    """Tells every exchange of a packed model what a message has at most per example, in place."""
-    for _, module in modules(model):
-        if isinstance(module, Reader | AllGather):
-            module.message_bytes = message_bytes
-
-
 def _hops(
     found: Mapping[str, Exchange], traced: Trace, dtypes: Mapping[str, str], most: int | None
 ) -> dict[str, tuple[Hop, ...]]:
@@ -183,21 +174,15 @@ def _hops(
     So that a node packs the next one while the link, where it may send in bursts, catches up.
     """
     hops = {path: plan_hops(np.asarray(e.mask[...])) for path, e in found.items()}
-    if most is None:
-        return hops
-    channels = {
-        r.path: _most(most, r.positions, dtypes[r.path]) or 1
-        for r in traced.exchanges
-        if r.path in hops
-    }
-    return hops | {path: split_hops(hops[path], count) for path, count in channels.items()}
+    channels = {r.path: _most(most, r.positions, dtypes[r.path]) for r in traced.exchanges}
+    return {path: split_hops(planned, channels.get(path)) for path, planned in hops.items()}
 
 
 def _most(message_bytes: int | None, positions: int, wire_dtype: str) -> int | None:
     """Channels of so many positions that a message has at most."""
     if message_bytes is None:
         return None
-    return max(1, message_bytes // wire.message_bytes(positions, wire_dtype))
+    return max(1, message_bytes // wire.nbytes(positions, wire_dtype))
 
 
 def _wires(
@@ -257,7 +242,7 @@ def replace_exchanges(
     replace(model, {id(e): packed(path, e) for path, e in exchanges(model).items()})
 
 
-def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
+def _peak_activation_bytes(model: nnx.Module, images: Images, message_bytes: int | None) -> int:
     """What a node of a packed model holds of one example; all of them hold as much."""
     mesh = mesh_of(model)
     graphdef, state = nnx.split(model)
@@ -265,5 +250,6 @@ def _peak_activation_bytes(model: nnx.Module, images: Images) -> int:
     move(model, mesh.abstract())
     graphdef, state = nnx.split(model)
     example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, example)
+    with limited(message_bytes, examples=1):
+        program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, example)
     return peak_bytes(program, mesh.nodes)

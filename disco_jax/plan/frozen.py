@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from disco_jax.errors import DiscoError
 from disco_jax.mesh import NodeMesh
+from disco_jax.messages import limited
 from disco_jax.partition import batch_spec, check_batch
 from disco_jax.plan import artifact, export
 from disco_jax.plan.spec import CommunicationPlan
@@ -18,9 +19,12 @@ from disco_jax.trace import Images, modules
 
 
 class Program:
-    """A model in evaluation mode as a compiled function of its images."""
+    """A model in evaluation mode as a compiled function of its images.
 
-    def __init__(self, model: nnx.Module):
+    ``message_bytes`` is what a message has at most per example; None: any size.
+    """
+
+    def __init__(self, model: nnx.Module, message_bytes: int | None = None):
         self.mesh = mesh_of(model)
         model = nnx.clone(model, variables=False)
         model.eval()
@@ -28,9 +32,12 @@ class Program:
         tree: Any
         # A flat list: JAX flattens it in C++ at each call, an nnx.State in Python.
         self._leaves, tree = jax.tree.flatten(state)
-        self._jit = jax.jit(
-            lambda leaves, images: nnx.merge(graphdef, tree.unflatten(leaves))(images)
-        )
+
+        def run(leaves: Any, images: Array) -> Array:
+            with limited(message_bytes, len(images) // self.mesh.data):
+                return nnx.merge(graphdef, tree.unflatten(leaves))(images)
+
+        self._jit = jax.jit(run)
 
     def refresh(self, model: nnx.Module) -> None:
         """Takes over the numbers of a model of the same structure, without compiling again."""
@@ -59,7 +66,7 @@ class Frozen:
     def __init__(self, model: nnx.Module, plan: CommunicationPlan):
         self.model = model
         self.plan = plan
-        self._program = Program(model)
+        self._program = Program(model, plan.message_bytes)
 
     @property
     def mesh(self) -> NodeMesh:

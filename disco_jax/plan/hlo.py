@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 import jax
 
@@ -40,19 +41,22 @@ def collectives(program: str | jax.stages.Compiled) -> tuple[Collective, ...]:
 
     A permute moves its operand once for each pair; an all-gather moves each operand to every
     other member of its group. What else there is counts as an all-gather of its operand. A
-    collective inside a loop counts as often as the loop runs.
+    collective inside a loop counts as often as the loop runs, and the loops around it.
 
     Raises:
       DiscoError: if a collective is inside a loop whose number of turns is not known.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
-    turns = {body: trips for line in text.splitlines() for body, trips in _loop(line)}
-    found, repeats = [], 1
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            repeats = turns.get(line.removeprefix("ENTRY ").split(" ")[0].lstrip("%"), 1)
+    lines = list(_located(text))
+    loops = {body: (where, trips) for where, line in lines for body, trips in _loop(line)}
+    found = []
+    for where, line in lines:
         match = _INSTRUCTION.search(line)
         if match:
+            repeats = 1
+            while where in loops:
+                where, trips = loops[where]
+                repeats *= trips
             require(
                 repeats > 0,
                 f"the compiled program has a {match.group(2)} in a loop whose number of turns is "
@@ -60,6 +64,15 @@ def collectives(program: str | jax.stages.Compiled) -> tuple[Collective, ...]:
             )
             found += [_collective(line, match.group(1), match.group(2))] * repeats
     return tuple(found)
+
+
+def _located(text: str) -> Iterator[tuple[str, str]]:
+    """Every line of a program with the name of the computation that it is in."""
+    where = ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            where = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        yield where, line
 
 
 def _loop(line: str) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ from disco_jax.heap import give_back_memory
 from disco_jax.mesh import NodeMesh
 from disco_jax.plan.artifact import PLAN, check_files, read_manifest, read_weights
 from disco_jax.plan.fold import replace_norms
-from disco_jax.plan.freeze import limit_messages, move, replace_exchanges
+from disco_jax.plan.freeze import move, replace_exchanges
 from disco_jax.plan.frozen import Frozen
 from disco_jax.plan.row_pack import RowPlan, pack_rows
 from disco_jax.plan.spec import CommunicationPlan
@@ -108,7 +108,6 @@ def _packed_model(
     replace_exchanges(model, hops, dtypes, scales, from_rows)
     if rows is not None:
         pack_rows(model, rows)
-    limit_messages(model, plan.message_bytes)
     return model
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from disco_jax import wire
 from disco_jax.errors import DiscoError, require
-from disco_jax.messages import Pairs, pieces
+from disco_jax.messages import Pairs, check_message_bytes, pieces, ring
 from disco_jax.packed import Hop
 
 VERSION = 4
@@ -51,18 +51,21 @@ class ExchangePlan:
         return sum(width * len(pairs) for width, pairs in self._sent(nodes))
 
     def rounds(self, nodes: int) -> list[tuple[int, Pairs]]:
-        """The messages that travel at once, one round after another: bytes per example, links."""
+        """What travels at once, one round after another: bytes per example, links.
+
+        Each is a message, or several where it is larger than one may be.
+        """
         return [
-            (wire.message_bytes(positions * width, self.wire_dtype), pairs)
+            (wire.nbytes(positions * width, self.wire_dtype), pairs)
             for positions in self.positions
             for width, pairs in self._sent(nodes)
         ]
 
     def _sent(self, nodes: int) -> list[tuple[int, Pairs]]:
         """The same for one position, in numbers."""
-        ring = tuple((s, (s + 1) % nodes) for s in range(nodes))
-        rings = (nodes - 1) * [(self.gathered, ring)] if self.gathered else []
-        return [*((hop.width, hop.pairs) for hop in self.hops), *rings]
+        gathered = [(self.gathered, ring(nodes, offset)) for offset in range(1, nodes)]
+        hops = [(hop.width, hop.pairs) for hop in self.hops]
+        return hops + (gathered if self.gathered else [])
 
     def traffic_bytes(self, nodes: int) -> int:
         """Bytes per example over all directed links."""
@@ -73,7 +76,7 @@ class ExchangePlan:
         """The same for the dense split by channels in float32: all nodes get all channels."""
         return 4 * self.dense_numbers
 
-    def collectives(self, nodes: int, message_bytes: int | None = None) -> int:
+    def collectives(self, nodes: int, message_bytes: int | None) -> int:
         """Collectives that the compiled program has for it."""
         return sum(pieces(size, message_bytes) for size, _ in self.rounds(nodes))
 
@@ -174,8 +177,9 @@ class CommunicationPlan:
         try:
             exchanges = tuple(_exchange(e) for e in content["exchanges"])
             layers = tuple(LayerPlan(**layer) for layer in content["layers"])
-            sizes = (content[name] for name in ("peak_activation_bytes", "message_bytes"))
-            return cls(content["nodes"], exchanges, layers, *sizes)
+            most = check_message_bytes(content["message_bytes"])
+            peak = content["peak_activation_bytes"]
+            return cls(content["nodes"], exchanges, layers, peak, most)
         except (KeyError, TypeError) as error:
             raise DiscoError(
                 f"`plan` lacks or misspells a field ({error}); freeze the model again"

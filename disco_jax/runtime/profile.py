@@ -15,6 +15,7 @@ from rich.table import Table
 
 from disco_jax.cost import Links, Prediction, predict
 from disco_jax.mesh import NodeMesh
+from disco_jax.messages import limited
 from disco_jax.packed import PackedExchange
 from disco_jax.partition import activation_spec
 from disco_jax.plan import Frozen, share
@@ -109,7 +110,8 @@ def exchange_ms(frozen: Frozen, examples: int = 1, iterations: int = 20) -> dict
             shape = (examples, positions, exchange.channels)
             spec = activation_spec(len(shape), frozen.mesh)
             x = frozen.mesh.put(np.zeros(shape, np.float32), *spec)
-            found[path] += _measure(partial(run, state, x), iterations, frozen.mesh)
+            with limited(frozen.plan.message_bytes, examples // frozen.mesh.data):
+                found[path] += _measure(partial(run, state, x), iterations, frozen.mesh)
     return found
 
 

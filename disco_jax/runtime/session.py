@@ -93,7 +93,8 @@ class Session:
         self._task, self._output = task or Classification(), output
         self._written: set[Path] = set()
         self._overwrite = overwrite
-        self._program = Program(Answers(frozen.model, frozen.mesh, self._task))
+        answers = Answers(frozen.model, frozen.mesh, self._task)
+        self._program = Program(answers, frozen.plan.message_bytes)
         self._shape = (batch_size, size, size, channels)
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._served = self._unreadable = 0
