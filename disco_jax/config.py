@@ -83,6 +83,8 @@ def defaults() -> ConfigDict:
     c.sparse.distill = ConfigDict({"weight": 0.0, "temperature": 4.0, "features": 0.0})
     c.wire_dtype = config_dict.placeholder(str)  # None: send what is computed
     c.wire_rules = ()  # (pattern of exchange paths, wire dtype), before wire_dtype
+    # What a message of the packed model has at most, per example; 100_000 for several hosts.
+    c.message_bytes = config_dict.placeholder(int)
     # Patterns of the layers that are split by rows and not by channels, and what rows travel in.
     c.rows = ()
     c.row_dtype = config_dict.placeholder(str)  # None: what is computed

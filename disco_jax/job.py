@@ -103,7 +103,7 @@ class Job:
 
     def settings(self, phase: str) -> dict[str, Any]:
         """All of the config that determines what comes out of a phase."""
-        free = {"name", "emulate", "checkpoint", "eval_batch_size"}
+        free = {"name", "emulate", "checkpoint", "eval_batch_size", "message_bytes"}
         free |= {"sparse"} if phase == "dense" else set()
         if phase == "dense" or not self.config.sparse.quantise:
             free |= {"wire_dtype", "wire_rules"}
@@ -276,7 +276,9 @@ class Job:
             asked = None if self.config.sparse.quantise else self.recipe.wire_dtype
             integers = any(map(wire.calibrated, self.recipe.wires.values()))
             images = np.concatenate(self.calibration()) if integers else self.images
-            frozen = plan.freeze(self.model, images, wire_dtype=asked)
+            frozen = plan.freeze(
+                self.model, images, wire_dtype=asked, message_bytes=self.config.message_bytes
+            )
             (self.workdir / "plan.json").write_text(frozen.plan.to_json())
         if not self.mesh.emulated:
             plan.verify(frozen, self.images)

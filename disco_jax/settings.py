@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from disco_jax import recipe, wire
 from disco_jax.errors import require
+from disco_jax.messages import check_message_bytes
 from disco_jax.sparsify.quantise import WireDtype
 
 
@@ -60,6 +61,7 @@ def check(config: ConfigDict) -> None:
     for wire_dtype in (config.wire_dtype, *(dtype for _, dtype in config.wire_rules)):
         if wire_dtype is not None:
             wire.check_wire_dtype(wire_dtype)
+    check_message_bytes(config.message_bytes)
     recipe.check(config.sparse)
     require(
         len(config.data.mean) == len(config.data.std) and all(s > 0 for s in config.data.std),

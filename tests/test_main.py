@@ -65,10 +65,12 @@ def test_all_ends_with_the_packed_accuracy_on_two_devices(workdir):
     ],
 )
 def test_modes_go_on_from_the_workdir(workdir, mode, says):
-    done = run(SMOKE, f"--workdir={workdir}", f"--mode={mode}")
+    frozen = ("--config.message_bytes=1000",) if mode == "freeze" else ()
+    done = run(SMOKE, f"--workdir={workdir}", f"--mode={mode}", *frozen)
     assert done.returncode == 0, done.stderr
     assert re.search(says, done.stdout + done.stderr)
-    assert mode != "freeze" or (workdir / "packed" / "manifest.json").is_file()
+    if frozen:
+        assert json.loads((workdir / "packed" / "plan.json").read_text())["message_bytes"] == 1000
 
 
 WRONG = {
@@ -160,6 +162,7 @@ def test_a_report_that_is_not_one(tmp_path):
         ({"max_steps": -1}, r"`max_steps` \(=-1\) must be 0"),
         ({"data": {"eval_size": 0}}, r"`eval_batch_size` \(=120\) must be 1 where"),
         ({"eval_batch_size": 7, "data_parallel": 2}, r"`eval_batch_size` \(=7\) must be divis"),
+        ({"message_bytes": 12}, r"`message_bytes` \(=12\) must be an integer, a positive"),
         ({"wire_dtype": "int3"}, r"`wire_dtype` \(='int3'\) must be one of"),
         ({"sparse": ConfigDict({"mask_share": 1.0})}, r"`sparse.mask_share` \(=1.0\) must be"),
         ({"sparse": ConfigDict({"density": 2.0})}, r"`density` \(=2.0\) must be between"),
