@@ -59,7 +59,7 @@ class Frozen:
     """A packed model with its plan; calling it runs the compiled program.
 
     Attributes:
-      model: the packed NNX model.
+      model: the packed NNX model; in a program of one's own it sends messages of any size.
       plan: what crosses the links.
     """
 
