@@ -70,14 +70,12 @@ def front(network: str, mbit: float, gmacs: float, burst: int) -> dict[str, dict
     """The ways that are fastest on a link, of as much energy as density 0.2 keeps, and rivals."""
     # As `measure_links` finds it behind the buckets of `slow_link.py`: without a burst two nodes
     # that send 100 kB take turns.
-    link, message_bytes = {"mbit": 0.945 * mbit, "burst": 42_000, "peak_mbit": 80_000}, 100_000
+    link = {"mbit": 0.945 * mbit, "burst": 42_000, "peak_mbit": 80_000}
     if burst < 64:
         link = {"mbit": 0.52 * mbit, "burst": 20_000, "peak_mbit": 0.9 * mbit}
-        message_bytes = 25_000
     link |= {"ms": 0.05, "jitter": 0.2}
     wanted = {"link": link, "gmacs": gmacs, "density": 0.2}
     options = {"options": OPTIONS[network] | RESULT if network != "resnet50" else {}}
-    options |= {"message_bytes": message_bytes}
     ways: dict[str, dict[str, Any]] = {
         "rows only": {"rows": ("",), "row_dtype": "float16"},
         "0.2 int8": DENSE["0.2 int8"],
@@ -125,8 +123,7 @@ def prepare(directory: Path, network: str, nodes: int, ways: dict[str, dict[str,
             dj.sparsify.prune(model, 0.0, rules=planned.rules)
         if "density" in way:
             dj.sparsify.prune(model, way["density"], "random")
-        most = way.get("message_bytes", 100_000)
-        frozen = dj.freeze(model, x, wire_dtype=wires, message_bytes=most)
+        frozen = dj.freeze(model, x, wire_dtype=wires, message_bytes=100_000)
         frozen.save(directory / name)
         np.savez(directory / f"{name}.npz", *jax.tree.leaves(frozen(x)))  # what hosts must find
         print(f"{name}: {frozen.plan.traffic_bytes:,} bytes", flush=True)
