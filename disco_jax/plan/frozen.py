@@ -29,12 +29,13 @@ class Program:
         model = nnx.clone(model, variables=False)
         model.eval()
         graphdef, state = nnx.split(model)
+        data = self.mesh.data  # not self: in a cycle the weights would outlive the program
         tree: Any
         # A flat list: JAX flattens it in C++ at each call, an nnx.State in Python.
         self._leaves, tree = jax.tree.flatten(state)
 
         def run(leaves: Any, images: Array) -> Array:
-            with limited(message_bytes, len(images) // self.mesh.data):
+            with limited(message_bytes, len(images) // data):
                 return nnx.merge(graphdef, tree.unflatten(leaves))(images)
 
         self._jit = jax.jit(run)
