@@ -1,7 +1,9 @@
 """No hidden communication: compiled collectives, their shapes and the plan say the same."""
 
+import gc
 import json
 import re
+import weakref
 from typing import ClassVar
 
 import jax
@@ -311,6 +313,17 @@ def test_a_layer_under_a_transform_of_flax_is_refused():
 
     with pytest.raises(dj.DiscoError, match="copy of its Exchange"):
         dj.freeze(Compiled(), jnp.ones((1, 8)))
+
+
+def test_a_program_is_freed_with_its_last_reference():
+    program = dj.plan.Program(dj.layers.Dense(8, 8, mesh=dj.NodeMesh(2), rngs=nnx.Rngs(0)))
+    gone = weakref.ref(program)
+    gc.disable()
+    try:
+        del program
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 class Loop(nnx.Module):
